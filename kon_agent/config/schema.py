@@ -1,0 +1,178 @@
+"""The configuration's shape: every key, its type, its default, its bounds. Data only; `load` reads files into it.
+
+Keys in YAML may use `-` for `_`. Durations are seconds, sizes bytes, CPU shares a fraction of one core.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import Annotated, Literal
+
+import msgspec
+
+MIN_PERIOD_S = 0.1  # the original's bound; a shorter period measures the scheduler more than the host
+
+
+class Duration(float):
+    """Seconds; written `100ms`, `5s`, `1m`, `2h`, `7d` or a bare number of seconds."""
+
+
+class Size(int):
+    """Bytes; written `50MB` (10^6), `64KiB` (2^10) or a bare number of bytes."""
+
+
+class Share(float):
+    """A fraction of one core; written `2%` (0.02) or a bare fraction."""
+
+
+Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class PluginConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What every plugin's section takes.
+
+    Attributes:
+        enable: whether the plugin runs.
+        period: seconds between cycles, at least MIN_PERIOD_S.
+        deadline: seconds a cycle may overrun its period before the worker counts as hung and is replaced;
+            None: twice the period, at least 5 s.
+        ring_size: bytes of the plugin's ring, a power of two from 16 KiB to 64 MiB.
+    """
+
+    enable: bool = True
+    period: Duration = Duration(5.0)
+    deadline: Duration | None = None
+    ring_size: Size = Size(256 * 1024)
+
+
+class CpuConfig(PluginConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`per_core`: report each core besides the whole machine."""
+
+    per_core: bool = False
+
+
+class MemoryConfig(PluginConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Nothing beyond the common keys."""
+
+
+class DiskConfig(PluginConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Shell patterns of what to leave out, besides the kernel's own pseudo filesystems.
+
+    Attributes:
+        exclude_mountpoints: mount points to leave out.
+        exclude_devices: block devices to leave out of the I/O counters.
+        timeout: seconds one filesystem may take to answer before it is reported as stuck and left alone.
+    """
+
+    exclude_mountpoints: list[Text] = []
+    exclude_devices: list[Text] = ["loop*", "ram*"]
+    timeout: Duration = Duration(2.0)
+
+
+class EbpfConfig(PluginConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Shell patterns of interface names: watched are those that match `interfaces` and not `exclude`."""
+
+    interfaces: list[Text] = ["*"]
+    exclude: list[Text] = ["lo"]
+
+
+class AgentConfig(PluginConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Nothing beyond the common keys."""
+
+
+class PluginsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The built-in plugins; one left out runs with its defaults."""
+
+    cpu: CpuConfig = CpuConfig()
+    memory: MemoryConfig = MemoryConfig()
+    disk: DiskConfig = DiskConfig()
+    ebpf: EbpfConfig = EbpfConfig()
+    agent: AgentConfig = AgentConfig()
+
+    def by_name(self) -> dict[str, PluginConfig]:
+        """Return each plugin's section under the plugin's name."""
+        return {name: getattr(self, name) for name in self.__struct_fields__}
+
+
+class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The disk spool: where, how much, how long, and how much of the disk it must leave free."""
+
+    path: Text = "/var/lib/kon-agent/spool"
+    max_size: Size = Size(50_000_000)
+    max_age: Duration = Duration(7 * 86400.0)
+    min_free: Size = Size(64_000_000)
+
+
+class TlsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Whom we trust and who we are. Without `ca` the system's trust store decides.
+
+    Attributes:
+        ca: PEM file of the authorities a server certificate must chain to.
+        cert, key: PEM files of our own certificate (with its chain) and key, for mutual TLS.
+        token_file: file with the token that authenticates this agent where there is no certificate.
+        server_name: the name the server's certificate must carry, where it is not the host connected to.
+        insecure_skip_verify: accept any server certificate, as the original does. For tests only.
+    """
+
+    ca: Text | None = None
+    cert: Text | None = None
+    key: Text | None = None
+    token_file: Text | None = None
+    server_name: Text | None = None
+    insecure_skip_verify: bool = False
+
+
+class BatchConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A batch leaves when its oldest record is `max_age` old, or when it is full."""
+
+    max_age: Duration = Duration(1.0)
+    max_records: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 1000
+    max_bytes: Size = Size(64 * 1024)
+
+
+class ControlConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The control socket, and the group (besides root) that may change things through it."""
+
+    socket: Text = "/run/kon-agent/control.sock"
+    group: Text = "kon-agent"
+
+
+class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the whole process tree may use."""
+
+    cpu: Share = Share(0.02)
+    memory: Size = Size(64 * 1024 * 1024)
+
+
+class LogConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How much is said on stderr, and in which form."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["text", "json"] = "text"
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The whole file.
+
+    Attributes:
+        server: `quic://host:port`, or several in order of preference.
+        client_id: the agent's identity at the receiver; the host name unless given.
+        shutdown_timeout: seconds a stopping agent takes at most to deliver what it holds.
+    """
+
+    server: Text | list[Text] = "quic://localhost:7843"
+    client_id: Text = msgspec.field(default_factory=socket.gethostname)
+    plugins: PluginsConfig = PluginsConfig()
+    cache: CacheConfig = CacheConfig()
+    tls: TlsConfig = TlsConfig()
+    batch: BatchConfig = BatchConfig()
+    control: ControlConfig = ControlConfig()
+    user: Text = "kon-agent"
+    limits: LimitsConfig = LimitsConfig()
+    log: LogConfig = LogConfig()
+    shutdown_timeout: Duration = Duration(5.0)
+
+    def servers(self) -> list[str]:
+        """Return the servers as a list, in order of preference."""
+        return [self.server] if isinstance(self.server, str) else list(self.server)
