@@ -66,15 +66,15 @@ class DiskConfig(PluginConfig, frozen=True, kw_only=True, forbid_unknown_fields=
     """
 
     exclude_mountpoints: list[Text] = []
-    exclude_devices: list[Text] = ["loop*", "ram*"]
+    exclude_devices: list[Text] = msgspec.field(default_factory=lambda: ["loop*", "ram*"])
     timeout: Duration = Duration(2.0)
 
 
 class EbpfConfig(PluginConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Shell patterns of interface names: watched are those that match `interfaces` and not `exclude`."""
 
-    interfaces: list[Text] = ["*"]
-    exclude: list[Text] = ["lo"]
+    interfaces: list[Text] = msgspec.field(default_factory=lambda: ["*"])
+    exclude: list[Text] = msgspec.field(default_factory=lambda: ["lo"])
 
 
 class AgentConfig(PluginConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):

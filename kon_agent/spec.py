@@ -1,0 +1,64 @@
+"""What the process bodies are given: made by the supervisor's side of the fork, consumed by the child's.
+
+Nothing is pickled: the child inherits these objects, its mappings already made, before it drops its privileges.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from kon_agent.config.schema import BatchConfig, LogConfig, PluginConfig
+from kon_agent.config.server import ServerAddress
+from kon_agent.credentials import Credentials
+from kon_agent.page import PageWriter
+from kon_agent.ring import Producer
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """What a worker is given.
+
+    Attributes:
+        name: the plugin's name.
+        target: its collector's class, `module:Class`.
+        config: its section of the configuration.
+        producer: its end of its ring.
+        doorbell: eventfd that wakes the sender.
+        grants: read-only shared memory by name.
+        log: how to log.
+    """
+
+    name: str
+    target: str
+    config: PluginConfig
+    producer: Producer
+    doorbell: int
+    grants: Mapping[str, memoryview]
+    log: LogConfig
+
+
+@dataclass(frozen=True, slots=True)
+class SenderSpec:
+    """What the sender is given.
+
+    Attributes:
+        agent_id: this agent's name at the receiver.
+        servers: in order of preference.
+        credentials: what it proves itself with.
+        batch: when a batch leaves.
+        orders: the supervisor's channel.
+        doorbell: eventfd the workers ring after publishing.
+        report: the page the connection's state is shown in.
+        log: how to log.
+    """
+
+    agent_id: str
+    servers: Sequence[ServerAddress]
+    credentials: Credentials
+    batch: BatchConfig
+    orders: socket.socket
+    doorbell: int
+    report: PageWriter
+    log: LogConfig

@@ -1,0 +1,143 @@
+"""The sender under supervision: its process, its orders, its report.
+
+Whatever happens to the sender, the rings stay: a new one is told of every ring that is not drained and reads on from
+the committed tails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from kon_agent import channel, credentials
+from kon_agent.channel import Order
+from kon_agent.clock import NS_PER_S
+from kon_agent.config.schema import Config
+from kon_agent.config.server import parse_server
+from kon_agent.linkreport import REPORT_BYTES, LinkReport
+from kon_agent.linux.privileges import User
+from kon_agent.process import Child, Profile, Role, spawn
+from kon_agent.spec import SenderSpec
+from kon_agent.supervisor.child import Supervised
+from kon_agent.supervisor.sharedpage import SharedPage
+from kon_agent.supervisor.sharedring import SharedRing
+
+log = logging.getLogger(__name__)
+
+SILENCE_MAX_S = 15.0  # the sender shows a sign of life each second
+START_PATIENCE_S = 30.0  # importing the QUIC stack on a slow SD card
+EXIT_GRACE_S = 1.0  # beyond the time it was given to deliver
+SENDER_NOFILE = 256  # a socket and a few files; two more for each ring while it is being mapped
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the sender shares with the rest.
+
+    Attributes:
+        user: whom it becomes; None without root.
+        doorbell: eventfd the workers ring.
+        rings: returns every ring that is not drained.
+    """
+
+    user: User | None
+    doorbell: int
+    rings: Callable[[], Iterable[SharedRing]]
+
+
+class Courier(Supervised):
+    """The sender's process.
+
+    Args:
+        config: the whole configuration.
+        parts: what it shares with the rest.
+    """
+
+    def __init__(self, config: Config, parts: Parts) -> None:
+        super().__init__("sender", config.shutdown_timeout + EXIT_GRACE_S)
+        self.is_wanted = True
+        self.config = config
+        self._parts = parts
+        self._orders: socket.socket | None = None
+        self._page = SharedPage("kon-link", REPORT_BYTES)
+
+    def report(self) -> LinkReport:
+        """Return the sender's latest word about its connection."""
+        if self.child is None:
+            return LinkReport(detail=self.last_exit or "the sender is not running")
+        data = self._page.reader.read()
+        return LinkReport.decode(data) if data is not None else LinkReport()
+
+    def announce(self, ring: SharedRing) -> None:
+        """Tell the sender, if there is one, of a ring to consume."""
+        order = Order("attach", ring.number, ring.plugin, ring.epoch, ring.size_bytes)
+        self._order(order, ring.consumer_fds())
+
+    def dismiss(self, ring: SharedRing) -> None:
+        """Tell the sender, if there is one, that a ring's producer is dead."""
+        self._order(Order("close", ring.number))
+
+    def _order(self, order: Order, fds: tuple[int, ...] = ()) -> None:
+        if self._orders is None:
+            return
+        try:
+            channel.send(self._orders, order, fds)
+        except OSError as err:  # gone, and about to be reaped; or deaf, which its silence will show
+            log.warning("the sender does not take its orders: %s", err)
+            if isinstance(err, BlockingIOError) and self.child is not None:
+                self.child.pidfd.send(signal.SIGKILL)  # an order lost is a ring lost: the next one hears of all
+
+    def _spawn(self, now_ns: int) -> Child:
+        ours, theirs = channel.pair()
+        config, parts = self.config, self._parts
+        role = Role(
+            title="kon-agent: sender",
+            body="kon_agent.sender.main:main",
+            keep_fds=(theirs.fileno(), parts.doorbell),
+            user=parts.user,
+            profile=Profile(allow=frozenset({"network"}), nofile=SENDER_NOFILE, death_signal=None),
+        )
+
+        def specify() -> SenderSpec:
+            return SenderSpec(
+                agent_id=config.client_id,
+                servers=[parse_server(url) for url in config.servers()],
+                credentials=credentials.read(config.tls),
+                batch=config.batch,
+                orders=theirs,
+                doorbell=parts.doorbell,
+                report=self._page.map_writer(),
+                log=config.log,
+            )
+
+        with contextlib.closing(theirs):
+            child = spawn(role, specify)
+        self._orders = ours
+        for ring in parts.rings():
+            self.announce(ring)
+            if ring.is_closed:
+                self.dismiss(ring)
+        return child
+
+    def _ask_to_stop(self) -> None:
+        self._order(Order("stop", timeout_s=self.config.shutdown_timeout))
+
+    def _heartbeat_ns(self) -> int:
+        alive_ns = self.report().alive_ns
+        return alive_ns if alive_ns >= self.started_ns else 0
+
+    def _patience_ns(self) -> int:
+        return int((SILENCE_MAX_S if self._heartbeat_ns() else START_PATIENCE_S) * NS_PER_S)
+
+    def _on_gone(self) -> None:
+        if self._orders is not None:
+            self._orders.close()
+            self._orders = None
+
+    def release(self) -> None:
+        """Let go of what is left once the process is gone."""
+        self._page.release()

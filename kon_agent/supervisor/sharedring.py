@@ -1,0 +1,65 @@
+"""A ring's two memory areas as the supervisor holds them: made here, handed out as descriptors, observed read-only.
+
+Invariants: the supervisor's own views are not inherited by any child (MADV_DONTFORK), and each child receives its end
+as descriptors that it maps itself: the producer's area writable for the worker alone, the consumer's for the sender.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+from kon_agent.linux.memory import create_memfd, map_memory, reopen_readonly, unmap_memory
+from kon_agent.ring import CONSUMER_BYTES, Observer, Producer, format_ring, producer_bytes
+
+
+class SharedRing:
+    """One ring of one epoch.
+
+    Args:
+        number: how the supervisor and the sender call it.
+        plugin: whose ring it is.
+        size_bytes: a power of two.
+
+    Raises:
+        OSError: no memory or no descriptor left.
+    """
+
+    def __init__(self, number: int, plugin: str, size_bytes: int) -> None:
+        self.number = number
+        self.plugin = plugin
+        self.size_bytes = size_bytes
+        self.epoch = secrets.randbits(64) | 1  # never zero, which reads as "none" on the wire
+        self.is_closed = False
+        self._producer_fd = create_memfd(f"kon-ring-{plugin}", producer_bytes(size_bytes))
+        self._consumer_fd = create_memfd(f"kon-tail-{plugin}", CONSUMER_BYTES)
+        writable = map_memory(self._producer_fd, producer_bytes(size_bytes), writable=True)
+        format_ring(writable, self.epoch, size_bytes)
+        unmap_memory(writable)
+        # What a child is given of the other's area must be read-only at the file, not just at the mapping.
+        self._producer_ro_fd = reopen_readonly(self._producer_fd)
+        self._consumer_ro_fd = reopen_readonly(self._consumer_fd)
+        self._views = (
+            map_memory(self._producer_ro_fd, producer_bytes(size_bytes), writable=False, inherit=False),
+            map_memory(self._consumer_ro_fd, CONSUMER_BYTES, writable=False, inherit=False),
+        )
+        self.observer = Observer(*self._views, size_bytes)
+
+    def map_producer(self) -> Producer:
+        """Return the worker's end. Called in the child."""
+        return Producer(
+            map_memory(self._producer_fd, producer_bytes(self.size_bytes), writable=True),
+            map_memory(self._consumer_ro_fd, CONSUMER_BYTES, writable=False),
+        )
+
+    def consumer_fds(self) -> tuple[int, int]:
+        """Return what the sender needs: the producer's area read-only, the consumer's read-write."""
+        return self._producer_ro_fd, self._consumer_fd
+
+    def release(self) -> None:
+        """Let go of the memory; what children have mapped stays theirs."""
+        del self.observer
+        for view in self._views:
+            unmap_memory(view)
+        for fd in (self._producer_fd, self._consumer_fd, self._producer_ro_fd, self._consumer_ro_fd):
+            os.close(fd)

@@ -1,0 +1,96 @@
+"""The supervisor's state in the words of the control socket and of the agent's own telemetry. Pure."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable
+
+from kon_agent.bpf.layout import Interface
+from kon_agent.clock import NS_PER_S
+from kon_agent.control_protocol import InterfaceStatus, PluginStatus, ServerStatus
+from kon_agent.lifecycle import State
+from kon_agent.linkreport import LinkReport, LinkState
+from kon_agent.supervisor.unit import Unit
+from kon_agent.telemetry import PluginSample
+
+
+def plugin_status(unit: Unit, now_ns: int) -> PluginStatus:
+    """Return one plugin's status."""
+    figures, pulse = unit.figures(), unit.pulse()
+    is_alive = unit.child is not None
+    return PluginStatus(
+        name=unit.plugin,
+        state=unit.lifecycle.state.value,
+        enabled=unit.is_wanted,
+        pid=unit.pid,
+        period_s=float(unit.config.period),
+        restarts=unit.lifecycle.restarts,
+        last_exit=unit.last_exit,
+        breaker=unit.lifecycle.breaker,
+        produced=figures.produced,
+        acked=figures.acked,
+        in_flight=figures.in_flight,
+        in_ring=figures.in_ring,
+        spooled=figures.spooled,
+        dropped=figures.dropped,
+        ring_used_bytes=figures.ring_used_bytes,
+        ring_size_bytes=figures.ring_size_bytes,
+        collect_ms=pulse.collect_ns / 1e6 if pulse.cycles else None,
+        missed_ticks=unit.missed_ticks,
+        uptime_s=(now_ns - unit.started_ns) / NS_PER_S if is_alive else None,
+        detail=_detail(unit, now_ns),
+    )
+
+
+def _detail(unit: Unit, now_ns: int) -> str:
+    if unit.obstacle and unit.is_wanted:
+        return unit.obstacle
+    if unit.is_held_back:
+        return "not restarted until the sender has drained the rings of the workers before it"
+    state = unit.lifecycle.state
+    if state in (State.BACKOFF, State.FAILED) and unit.lifecycle.retry_at_ns is not None:
+        wait_s = max(0.0, (unit.lifecycle.retry_at_ns - now_ns) / NS_PER_S)
+        return f"{unit.last_exit}; next try in {wait_s:.1f} s"
+    return ""
+
+
+def plugin_sample(status: PluginStatus) -> PluginSample:
+    """Return what telemetry reports of a plugin."""
+    return PluginSample(
+        name=status.name,
+        state=status.state,
+        produced=status.produced,
+        acked=status.acked,
+        dropped=status.dropped,
+        restarts=status.restarts,
+        ring_used_bytes=status.ring_used_bytes,
+        ring_size_bytes=status.ring_size_bytes,
+        collect_ms=status.collect_ms or 0.0,
+        missed_ticks=status.missed_ticks,
+    )
+
+
+def server_status(report: LinkReport, first_server: str) -> ServerStatus:
+    """Return the connection's status; before the first attempt it is about the preferred server."""
+    since = datetime.datetime.fromtimestamp(report.since_ns / NS_PER_S, datetime.UTC)
+    return ServerStatus(
+        address=f"quic://{report.address}" if report.address else first_server,
+        state=report.state.name.lower(),
+        since=since.isoformat(timespec="milliseconds"),
+        rtt_ms=report.rtt_us / 1000 if report.state is LinkState.CONNECTED and report.rtt_us else None,
+        detail=report.detail,
+    )
+
+
+def interface_status(interfaces: Iterable[Interface]) -> list[InterfaceStatus]:
+    """Return how each watched interface is attached."""
+    return [
+        InterfaceStatus(
+            name=interface.name,
+            ingress_mode=interface.ingress_mode,
+            ingress_reason=interface.ingress_reason,
+            egress_mode=interface.egress_mode,
+            egress_reason=interface.egress_reason,
+        )
+        for interface in interfaces
+    ]
