@@ -71,5 +71,5 @@ class ControlError(KonError):
         self.hint = hint
 
 
-class NoData(Exception):  # noqa: N818 - absence is not an error (node_exporter's ErrNoData)
+class NoData(Exception):
     """The kernel offers nothing to collect here now; logged at debug level, never a failure."""

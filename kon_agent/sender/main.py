@@ -51,6 +51,7 @@ class InFlight:
 def main(spec: SenderSpec) -> int:
     """Deliver until told to stop; return the process's exit code."""
     logs.setup("sender", spec.log.level, spec.log.format)
+    logging.getLogger("quic").setLevel(logging.WARNING)  # aioquic tells of every connection; `Sender` does already
     try:
         return asyncio.run(Sender(spec).run())
     except KonError as err:

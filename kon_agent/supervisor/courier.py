@@ -74,7 +74,7 @@ class Courier(Supervised):
 
     def announce(self, ring: SharedRing) -> None:
         """Tell the sender, if there is one, of a ring to consume."""
-        order = Order("attach", ring.number, ring.plugin, ring.epoch, ring.size_bytes)
+        order = Order("attach", ring.number, ring.plugin, ring.epoch, int(ring.size_bytes))
         self._order(order, ring.consumer_fds())
 
     def dismiss(self, ring: SharedRing) -> None:
@@ -115,7 +115,7 @@ class Courier(Supervised):
             )
 
         with contextlib.closing(theirs):
-            child = spawn(role, specify)
+            child = spawn(role, prepare=specify)
         self._orders = ours
         for ring in parts.rings():
             self.announce(ring)
@@ -124,7 +124,7 @@ class Courier(Supervised):
         return child
 
     def _ask_to_stop(self) -> None:
-        self._order(Order("stop", timeout_s=self.config.shutdown_timeout))
+        self._order(Order("stop", timeout_s=float(self.config.shutdown_timeout)))
 
     def _heartbeat_ns(self) -> int:
         alive_ns = self.report().alive_ns

@@ -120,7 +120,7 @@ class Requests:
             uptime_s=(now_ns - supervisor.started_ns) / NS_PER_S,
             server=status.server_status(supervisor.courier.report(), supervisor.config.servers()[0]),
             plugins=[status.plugin_status(unit, now_ns) for unit in supervisor.units.values()],
-            spool=SpoolStatus(max_bytes=supervisor.config.cache.max_size, mode="off"),
+            spool=SpoolStatus(max_bytes=int(supervisor.config.cache.max_size), mode="off"),
             resources=ResourceStatus(cpu_percent=supervisor.meter.cpu_percent, pss_bytes=supervisor.meter.pss_bytes),
             interfaces=status.interface_status(supervisor.network.attachments()),
             warnings=list(supervisor.warnings),

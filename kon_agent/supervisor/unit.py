@@ -127,7 +127,7 @@ class Unit(Supervised):
                 log=self._around.log,
             )
 
-        return spawn(role, specify)
+        return spawn(role, prepare=specify)
 
     def _ask_to_stop(self) -> None:
         if self.child is not None:
@@ -194,5 +194,5 @@ class Unit(Supervised):
             spooled=totals.pop("spooled", 0),
             dropped={reason: count for reason, count in sorted(totals.items()) if count},
             ring_used_bytes=used,
-            ring_size_bytes=self.config.ring_size,
+            ring_size_bytes=int(self.config.ring_size),
         )

@@ -1,4 +1,4 @@
-"""The ring against a plain model: a list of what was published, under any interleaving, with sender and worker killed."""
+"""The ring against a plain model, under any interleaving, its sender killed and its connection lost at any step."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""The command lines: `kon-agent` and `kon-receiver`. Nothing else in the package imports from here."""

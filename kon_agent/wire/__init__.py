@@ -1,0 +1,1 @@
+"""The wire: frames, and the protobuf messages inside them; docs/protocol.md is the contract."""

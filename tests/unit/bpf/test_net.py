@@ -1,0 +1,163 @@
+"""kon_agent.bpf.net: modes, reasons and slots, decided against a kernel made of answers."""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Iterator
+
+import pytest
+
+from kon_agent.bpf import layout, libbpf
+from kon_agent.bpf.net import NetCounters
+from kon_agent.errors import BpfError
+
+NATIVE = (libbpf.BPF_XDP, libbpf.XDP_FLAGS_DRV_MODE)
+GENERIC = (libbpf.BPF_XDP, libbpf.XDP_FLAGS_SKB_MODE)
+TCX = (libbpf.BPF_TCX_EGRESS, 0)
+
+
+class Kernel(libbpf.Library):
+    """Refuses what `refusals` names; keeps the interface table it was given."""
+
+    def __init__(self) -> None:
+        self.refusals: dict[tuple[int, int], int] = {}
+        self.links: list[tuple[int, int]] = []
+        self.table: dict[int, tuple[int, int]] = {}
+
+    def link(self, program_fd: int, ifindex: int, attach_type: int, flags: int = 0) -> int:
+        number = self.refusals.get((attach_type, flags))
+        if number:
+            raise BpfError("refused", number)
+        self.links.append((attach_type, flags))
+        return os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+
+    def update(self, map_fd: int, name: str, index: int, value: bytes) -> None:
+        present = {entry[0]: entry[1:] for entry in struct.iter_unpack("=IHH", value) if entry[0]}
+        self.table = {i: e for i, e in self.table.items() if i % layout.BUCKETS != index} | present
+
+
+@pytest.fixture
+def kernel() -> Kernel:
+    return Kernel()
+
+
+@pytest.fixture
+def memory() -> bytearray:
+    return bytearray(layout.COUNTERS_BYTES)
+
+
+@pytest.fixture
+def counters(kernel: Kernel, memory: bytearray) -> Iterator[NetCounters]:
+    fds = {name: os.open("/dev/null", os.O_RDONLY) for name in ("interfaces", "xdp_programs", "tc_programs")}
+    loaded = NetCounters(kernel, fds, memoryview(memory).toreadonly(), cpus=1024)  # four slots
+    yield loaded
+    loaded.close()
+
+
+@pytest.mark.parametrize(
+    ("refusals", "ingress", "egress"),
+    [
+        ({}, ("native", ""), ("tcx", "")),
+        (
+            {NATIVE: errno.EOPNOTSUPP, TCX: errno.EINVAL},
+            ("generic", "EOPNOTSUPP: Operation not supported"),
+            ("none", "EINVAL: TCX needs kernel 6.6"),
+        ),
+        (
+            {NATIVE: errno.EBUSY, TCX: errno.EBUSY},
+            ("none", "busy: another program is attached, EBUSY: Device or resource busy"),
+            ("none", "busy: another program is attached, EBUSY: Device or resource busy"),
+        ),
+        (
+            {NATIVE: errno.EOPNOTSUPP, GENERIC: errno.EEXIST},
+            ("none", "busy: another program is attached, EEXIST: File exists"),
+            ("tcx", ""),
+        ),
+        ({NATIVE: errno.ENODEV, GENERIC: errno.ENODEV}, ("none", "ENODEV: No such device"), ("tcx", "")),
+    ],
+)
+def test_modes_and_reasons(
+    counters: NetCounters,
+    kernel: Kernel,
+    refusals: dict[tuple[int, int], int],
+    ingress: tuple[str, str],
+    egress: tuple[str, str],
+) -> None:
+    """Native, else generic with native's errno as the reason; a busy hook is never tried in another mode."""
+    kernel.refusals = refusals
+    attachment = counters.attach(7, "eth0")
+    assert ingress == (attachment.ingress_mode, attachment.ingress_reason)
+    assert egress == (attachment.egress_mode, attachment.egress_reason)
+    assert [attachment] == counters.attachments()
+
+
+def test_an_interface_attached_nowhere_uses_no_slot(counters: NetCounters, kernel: Kernel) -> None:
+    """It is listed with its reasons, and the kernel's table does not know it."""
+    kernel.refusals = dict.fromkeys((NATIVE, GENERIC, TCX), errno.ENODEV)
+    assert -1 == counters.attach(7, "eth0").slot
+    assert {} == kernel.table
+
+
+def test_the_kernels_table_follows(counters: NetCounters, kernel: Kernel) -> None:
+    """Interfaces of one bucket stand side by side, with their first rows; a detached one is gone."""
+    counters.attach(7, "eth0")
+    counters.attach(7 + layout.BUCKETS, "eth1")
+    assert {7: (0, 0), 7 + layout.BUCKETS: (1024, 0)} == kernel.table
+    counters.detach(7)
+    assert {7 + layout.BUCKETS: (1024, 0)} == kernel.table
+
+
+def test_attaching_again_keeps_the_slot(counters: NetCounters) -> None:
+    """An interface that comes back goes on counting where it was."""
+    first = counters.attach(7, "eth0")
+    counters.attach(8, "eth1")
+    assert first == counters.attach(7, "eth0")
+    counters.detach(7)
+    assert first == counters.attach(7, "eth0")
+
+
+def test_slots_run_out_and_come_back(counters: NetCounters) -> None:
+    """One interface more than slots is listed with the limit as its reason; a detached one makes room."""
+    for ifindex in range(1, 5):
+        counters.attach(ifindex, f"eth{ifindex}")
+    refused = counters.attach(5, "eth5")
+    assert (-1, "none", "none") == (refused.slot, refused.ingress_mode, refused.egress_mode)
+    assert "no free slot" in refused.ingress_reason
+    counters.detach(2)
+    assert 1 == counters.attach(5, "eth5").slot
+
+
+def test_a_used_slot_starts_at_zero_for_its_next_owner(counters: NetCounters, memory: bytearray) -> None:
+    """The new interface's base is what the slot had counted; fresh slots are given out first."""
+    counters.attach(1, "eth1")
+    struct.pack_into("=QQ", memory, 0, 10, 600)
+    counters.detach(1)
+    assert [1, 2, 3] == [counters.attach(ifindex, f"eth{ifindex}").slot for ifindex in (2, 3, 4)]
+    new = counters.attach(5, "eth5")
+    assert (0, [10, 600]) == (new.slot, new.base[:2])
+    struct.pack_into("=QQ", memory, 0, 11, 660)
+    assert (1, 60) == layout.read_slot(counters.counters(), 0, 1024, new.base)["ingress", "tcp"]
+
+
+def test_a_name_that_is_no_utf8_is_written_out(counters: NetCounters) -> None:
+    """The kernel allows such names; the table stays JSON."""
+    assert r"eth\udcff" == counters.attach(7, os.fsdecode(b"eth\xff")).name
+    assert r"eth\udcff" == layout.decode(counters.table()).interfaces[0].name
+
+
+def test_table_is_what_a_worker_decodes(counters: NetCounters) -> None:
+    """The published bytes carry the CPUs and every attachment."""
+    attachment = counters.attach(7, "eth0")
+    assert layout.Table(1024, [attachment]) == layout.decode(counters.table())
+
+
+def test_close_closes_every_fd(kernel: Kernel) -> None:
+    """No link, map or program outlives it."""
+    before = os.listdir("/proc/self/fd")
+    fds = {name: os.open("/dev/null", os.O_RDONLY) for name in ("interfaces", "xdp_programs", "tc_programs")}
+    counters = NetCounters(kernel, fds, memoryview(bytes(layout.COUNTERS_BYTES)), cpus=2)
+    counters.attach(7, "eth0")
+    counters.close()
+    assert before == os.listdir("/proc/self/fd")

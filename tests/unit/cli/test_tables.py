@@ -1,0 +1,111 @@
+"""What people see."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from kon_agent.cli import tables
+from kon_agent.control_protocol import PluginStatus, Status
+
+
+def _terminal(columns: int) -> Console:
+    return Console(
+        file=io.StringIO(),
+        force_terminal=True,
+        color_system=None,
+        width=columns,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _text(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_plugins_fit_80_columns(cpu: PluginStatus, broken: PluginStatus) -> None:
+    """A year's numbers and the longest pid fit a plain terminal without being cut."""
+    out = _terminal(80)
+    tables.print_plugins([cpu, broken], out)
+    heading, first, second, *_ = _text(out).splitlines()
+    assert [
+        "NAME", "STATE", "PID", "PERIOD", "RESTARTS", "LAST-EXIT", "PRODUCED", "ACKED", "DROPPED",
+    ] == heading.split()  # fmt: skip
+    assert ["cpu", "RUNNING", "4194303", "5s", "0", "-", "69379200", "69379190", "0"] == first.split()
+    assert ["memory", "HALF_OPEN", "-", "500ms", "12", "exit", "70", "0", "0", "4"] == second.split()
+    assert max(map(len, (heading, first, second))) <= 80
+
+
+def test_reason_of_a_death_stands_in_full(broken: PluginStatus) -> None:
+    """The reason that does not fit the column is below the table, without its control characters."""
+    out = tables.console(io.StringIO())
+    tables.print_plugins([broken], out)
+    assert "memory: last exit 70: ImportError: no module named 'nowhere' [31m" == _text(out).splitlines()[2]
+
+
+def test_disabled_is_told_from_stopped(cpu: PluginStatus) -> None:
+    """A plugin that was switched off says so instead of merely not running."""
+    off = PluginStatus(name="cpu", state="STOPPED", enabled=False, period_s=5.0, last_exit="killed by SIGKILL")
+    out = tables.console(io.StringIO())
+    tables.print_plugins([off], out)
+    assert ["cpu", "DISABLED", "-", "5s", "0", "SIGKILL", "0", "0", "0"] == _text(out).splitlines()[1].split()
+
+
+def test_a_pipe_gets_plain_uncut_text(cpu: PluginStatus) -> None:
+    """Without a terminal there is no colour and no column is cut, however long its content."""
+    name = "n" * 200
+    out = tables.console(io.StringIO())
+    tables.print_plugins([PluginStatus(name=name, state="RUNNING", enabled=True, period_s=5.0)], out)
+    assert name in _text(out)
+    assert "\x1b" not in _text(out)
+
+
+def test_status_says_why(whole: Status) -> None:
+    """The summary holds each reason: the server's, the interface's, the worker's, the warnings."""
+    out = tables.console(io.StringIO())
+    tables.print_status(whole, out)
+    text = _text(out)
+    assert "kon-agent 9.8.7  edge-1  pid 321  up 1h 2m" == text.splitlines()[0]
+    for reason in (
+        "the server's certificate is not from our CA",
+        "eth0 ingress: native refused: EOPNOTSUPP",
+        "ImportError: no module named 'nowhere'",
+        "warning: not root: nothing is dropped",
+        "cpu 0.4% of a core  memory 43 MiB",
+        "idle  1.5 KiB of 47.7 MiB  7 records in 1 segments  oldest 1m 1s",
+    ):
+        assert reason in text
+
+
+def test_plugin_info_names_each_loss(broken: PluginStatus) -> None:
+    """The long form shows what was dropped by reason."""
+    out = tables.console(io.StringIO())
+    tables.print_plugin(broken, out)
+    assert "dropped       3 ring_full, 1 worker_crash" in _text(out).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("shown", "count"),
+    [("0 B", 0), ("1023 B", 1023), ("1 KiB", 1024), ("47.7 MiB", 50_000_000), ("2 TiB", 2 << 40)],
+)
+def test_size(shown: str, count: int) -> None:
+    """Bytes are shown in the largest binary unit that keeps them above one."""
+    assert shown == tables.size(count)
+
+
+@pytest.mark.parametrize(("shown", "seconds"), [("100ms", 0.1), ("5s", 5.0), ("1.5s", 1.5), ("2m", 120.0)])
+def test_period(shown: str, seconds: float) -> None:
+    """A period reads as the configuration would write it."""
+    assert shown == tables.period(seconds)
+
+
+@pytest.mark.parametrize(
+    ("shown", "seconds"), [("0s", 0.4), ("59s", 59.9), ("3m", 180.0), ("1h 2m", 3725.0), ("7d 3h", 615_600.0)]
+)
+def test_age(shown: str, seconds: float) -> None:
+    """A length of time shows its two largest units."""
+    assert shown == tables.age(seconds)
