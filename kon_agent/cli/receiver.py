@@ -111,7 +111,8 @@ def query(
     records = read_records(_store(store, config_file), Filter(agent, plugin, name, since_ns, limit))
     if as_json:
         for record in records:
-            click.echo(msgspec.json.encode(record))
+            sys.stdout.buffer.write(msgspec.json.encode(record) + b"\n")
+        sys.stdout.buffer.flush()
         return
     from kon_agent.cli import tables
 

@@ -16,6 +16,12 @@ import msgspec
 
 from kon_agent.errors import RemoteProtocolError
 from kon_agent.wire import kon_agent_pb2 as pb
+from kon_agent.wire.frames import (
+    MAX_BATCH_LOSSES,
+    MAX_BATCH_RECORDS,
+    MAX_BATCH_SEGMENTS,
+    FrameTooLargeError,
+)
 
 MAX_SEQ = 2**63 - 1
 MAX_ID_CHARS = 256  # an agent's id; the configuration's own bound for `client_id`
@@ -82,8 +88,12 @@ def from_wire(batch: pb.Batch, agent_id: str, size_bytes: int, now_s: float) -> 
     """Return the checked form of a `kon-agent/2` batch.
 
     Raises:
+        FrameTooLargeError: it holds too much.
         RemoteProtocolError: a segment or loss contradicts itself or names what cannot be.
     """
+    _check_size("records", sum(len(segment.metrics) for segment in batch.segments), MAX_BATCH_RECORDS)
+    _check_size("segments", len(batch.segments), MAX_BATCH_SEGMENTS)
+    _check_size("losses", len(batch.losses), MAX_BATCH_LOSSES)
     segments: list[Segment] = []
     rejections: list[Loss] = []
     for segment in batch.segments:
@@ -118,6 +128,11 @@ def check_agent_id(agent_id: str) -> None:
     """
     if not 0 < len(agent_id) <= MAX_ID_CHARS or not agent_id.isprintable():
         raise RemoteProtocolError(f"agent id {agent_id[:40]!r} must be 1 to {MAX_ID_CHARS} printable characters")
+
+
+def _check_size(what: str, count: int, limit: int) -> None:
+    if count > limit:
+        raise FrameTooLargeError(f"batch of {count} {what} exceeds the limit of {limit}")
 
 
 def _loss(loss: pb.Loss) -> Loss:

@@ -35,6 +35,7 @@ from kon_agent.wire.frames import (
 
 MAX_STREAMS = 8  # open at once: a live and a backlog lane, and more under load (DESIGN §4)
 MAX_PENDING_BYTES = 8 * MAX_FRAME_BYTES  # unacknowledged; an agent of ours keeps to an eighth of it
+STORE_FAILED = "the receiver could not store it; keep the records and try again later"
 
 
 class Send(msgspec.Struct, frozen=True):
@@ -77,7 +78,7 @@ class Intake(Protocol):
     def stored(self, stream_id: int, batch: Batch, outcome: Outcome) -> list[Action]:
         """Take note that a submitted batch is durable."""
 
-    def not_stored(self, stream_id: int, message: str) -> list[Action]:
+    def not_stored(self, stream_id: int) -> list[Action]:
         """Take note that a submitted batch could not be stored, nor any after it."""
 
 
@@ -162,9 +163,9 @@ class AgentIntake:
         )
         return [_send(stream_id, pb.Frame(ack=ack)), *self._finish(stream_id, stream)]
 
-    def not_stored(self, stream_id: int, message: str) -> list[Action]:
+    def not_stored(self, stream_id: int) -> list[Action]:
         """Refuse an agent whose batch could not be stored."""
-        return [] if self._is_refused else self._refuse(stream_id, pb.Refusal.STORE_UNAVAILABLE, message)
+        return [] if self._is_refused else self._refuse(stream_id, pb.Refusal.STORE_UNAVAILABLE, STORE_FAILED)
 
     def _stream(self, stream_id: int) -> _Stream:
         if (known := self._streams.get(stream_id)) is not None:

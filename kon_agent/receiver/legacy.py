@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from kon_agent.errors import RemoteProtocolError
 from kon_agent.receiver.batch import Batch, Outcome, check_agent_id, from_legacy
 from kon_agent.receiver.identity import Gate, RefusedError
-from kon_agent.receiver.intake import Action, Close, Submit
+from kon_agent.receiver.intake import STORE_FAILED, Action, Close, Submit
 from kon_agent.wire import kon_agent_pb2 as pb
 from kon_agent.wire.frames import MAX_LEGACY_FRAME_BYTES, FrameDecoder, FrameTooLargeError, parse_legacy
 
@@ -84,9 +84,9 @@ class LegacyIntake:
         """Say nothing: the original expects no acknowledgement."""
         return []
 
-    def not_stored(self, stream_id: int, message: str) -> list[Action]:
+    def not_stored(self, stream_id: int) -> list[Action]:
         """Close the connection: the only way to tell the original that something is wrong."""
-        return [] if self._is_refused else self._refuse(pb.Refusal.STORE_UNAVAILABLE, message)
+        return [] if self._is_refused else self._refuse(pb.Refusal.STORE_UNAVAILABLE, STORE_FAILED)
 
     def _message(self, stream_id: int, body: bytes, now_s: float) -> list[Action]:
         request = parse_legacy(body)

@@ -115,7 +115,7 @@ class Connection(QuicConnectionProtocol):
 
         def done(result: Outcome | StoreError) -> None:
             if isinstance(result, StoreError):
-                actions = intake.not_stored(stream_id, f"{result}")
+                actions = intake.not_stored(stream_id)  # why is for our log, not for them
             else:
                 self.report(batch, result, time.monotonic() - batch.received_s)
                 actions = intake.stored(stream_id, batch, result)
@@ -236,6 +236,8 @@ def configure(cert: Path, key: Path) -> QuicConfiguration:
         raise ConfigError(f"{err.filename}: {err.strerror}; make both with `kon-receiver pki init`") from err
     except (ValueError, TypeError, IndexError) as err:
         raise ConfigError(f"{cert} and {key}: not a PEM certificate and its key: {err}") from err
+    if configuration.certificate.public_key() != configuration.private_key.public_key():
+        raise ConfigError(f"{key} is another certificate's key, not that of {cert}")
     return configuration
 
 

@@ -22,6 +22,7 @@ from kon_agent.lifecycle import State
 from kon_agent.linux import notify, privileges
 from kon_agent.plugins import BUILTIN
 from kon_agent.process import prepare_to_fork, reap
+from kon_agent.supervisor import preload as _preload  # noqa: F401 - for its pages
 from kon_agent.supervisor import status
 from kon_agent.supervisor.child import Supervised
 from kon_agent.supervisor.control import ControlServer

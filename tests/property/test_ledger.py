@@ -23,7 +23,9 @@ def numbers(ranges: object) -> set[int]:
 @given(st.lists(st.tuples(st.booleans(), RANGES)))
 def test_range_set_is_a_set(steps: list[tuple[bool, tuple[int, int]]]) -> None:
     """Adding and removing ranges gives what a plain set gives, and the changes reported are exact."""
-    ranges, model, persisted = RangeSet(), set(), {}
+    ranges = RangeSet()
+    model: set[int] = set()
+    persisted: dict[int, int | None] = {}
     for is_add, (first, last) in steps:
         span = set(range(first, last + 1))
         assert span - model == numbers(ranges.absent(first, last))
@@ -47,7 +49,9 @@ def test_range_set_is_a_set(steps: list[tuple[bool, tuple[int, int]]]) -> None:
 @given(st.lists(st.one_of(STORE, LOSE)))
 def test_every_number_has_one_fate(steps: list[tuple[str, tuple[int, int], int]]) -> None:
     """A number is stored, lost for the first reason given, or missing; a stored one is never new twice."""
-    ledger, stored, lost, duplicates = EpochLedger(), set(), {}, 0
+    ledger, duplicates = EpochLedger(), 0
+    stored: set[int] = set()
+    lost: dict[int, int] = {}
     for verb, (first, last), reason in steps:
         span = set(range(first, last + 1))
         if verb == "store":
