@@ -103,6 +103,7 @@ class PluginStatus(msgspec.Struct, frozen=True, kw_only=True):
         state: the lifecycle's state by name (`RUNNING`).
         last_exit: the latest death in words (`killed by SIGKILL`, `exit 70: ImportError: …`); None: none.
         breaker: `closed`, `open` or `half_open`.
+        recovered: records of earlier runs found in the spool at the start; they are part of `produced`.
         dropped: records lost by reason.
         collect_ms: how long the latest cycle took.
         missed_ticks: cycles skipped because the one before was late.
@@ -118,6 +119,7 @@ class PluginStatus(msgspec.Struct, frozen=True, kw_only=True):
     last_exit: str | None = None
     breaker: str = "closed"
     produced: int = 0
+    recovered: int = 0
     acked: int = 0
     in_flight: int = 0
     in_ring: int = 0
@@ -132,7 +134,15 @@ class PluginStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SpoolStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """The disk spool; `mode` is one word, `oldest_age_s` None while it is empty."""
+    """The disk spool.
+
+    Attributes:
+        bytes, segments: what its files take on disk, and how many there are.
+        records: how many records it holds.
+        oldest_age_s: seconds since its oldest segment was written; None while it is empty.
+        mode: `idle`, `spooling`, `waiting`, `draining`, or `memory` where the disk cannot be used.
+        detail: why it cannot; empty where it can.
+    """
 
     bytes: int = 0
     max_bytes: int = 0
@@ -140,6 +150,7 @@ class SpoolStatus(msgspec.Struct, frozen=True, kw_only=True):
     records: int = 0
     oldest_age_s: float | None = None
     mode: str = "idle"
+    detail: str = ""
 
 
 class ResourceStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -60,7 +60,8 @@ class Profile:
 
     Attributes:
         read: files and folders to read, besides Python's own and the system's.
-        write: folders to write beneath; they must exist, and belong to the role's user, before the spawn.
+        write: folders to write beneath, by name or descriptor; they must exist, and belong to the role's user,
+            before the spawn.
         allow: names of `seccomp.GROUPS`; `network` also opens what name resolution and certificates need.
         nofile: how many descriptors may be open.
         address_space_bytes: RLIMIT_AS, None for no limit.
@@ -69,7 +70,7 @@ class Profile:
     """
 
     read: tuple[str, ...] = ()
-    write: tuple[str, ...] = ()
+    write: tuple[str | int, ...] = ()
     allow: frozenset[str] = frozenset()
     nofile: int = WORKER_NOFILE
     address_space_bytes: int | None = None

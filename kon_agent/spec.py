@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from kon_agent.config.schema import BatchConfig, LogConfig, PluginConfig
 from kon_agent.config.server import ServerAddress
 from kon_agent.credentials import Credentials
-from kon_agent.page import PageWriter
+from kon_agent.page import PageReader, PageWriter
 from kon_agent.ring import Producer
+from kon_agent.spool.limits import Limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,25 @@ class WorkerSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class SpoolSeat:
+    """The sender's way to its spool.
+
+    Attributes:
+        folder_fd: the folder; -1 where it cannot be had.
+        obstacle: why it cannot.
+        limits: what the spool may take.
+        writer: the page its figures are published in.
+        reader: the same page: a predecessor's figures.
+    """
+
+    folder_fd: int
+    obstacle: str
+    limits: Limits
+    writer: PageWriter
+    reader: PageReader
+
+
+@dataclass(frozen=True, slots=True)
 class SenderSpec:
     """What the sender is given.
 
@@ -51,6 +71,8 @@ class SenderSpec:
         orders: the supervisor's channel.
         doorbell: eventfd the workers ring after publishing.
         report: the page the connection's state is shown in.
+        plugins: the plugins' names; a name's place is its slot in the spool's report.
+        spool: the way to the spool.
         log: how to log.
     """
 
@@ -61,4 +83,6 @@ class SenderSpec:
     orders: socket.socket
     doorbell: int
     report: PageWriter
+    plugins: Sequence[str]
+    spool: SpoolSeat
     log: LogConfig

@@ -23,8 +23,9 @@ from pathlib import Path
 import msgspec
 
 from kon_agent.errors import StoreError
+from kon_agent.ranges import Range, count_of
 from kon_agent.receiver.batch import Batch, Outcome, Segment
-from kon_agent.receiver.ledger import EpochLedger, Range, count_of
+from kon_agent.receiver.ledger import EpochLedger
 from kon_agent.wire import kon_agent_pb2 as pb
 
 STORED = -1  # `ranges.state` of what is stored; no LossReason is negative

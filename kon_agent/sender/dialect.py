@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import zstandard
+
 from kon_agent import __version__
 from kon_agent.errors import RemoteProtocolError
-from kon_agent.sender.lane import Portion
+from kon_agent.sender.lane import Lost, Run
 from kon_agent.wire import kon_agent_pb2 as pb
 from kon_agent.wire.encode import encode_batch, encode_legacy_batch, encode_segment
 from kon_agent.wire.frames import (
@@ -24,6 +26,9 @@ from kon_agent.wire.frames import (
     encode_frame,
     parse_frame,
 )
+
+ZSTD_LEVEL = 3  # a record takes microseconds either way; small batches gain most from the shared context
+ZSTD_WINDOW_LOG = 17  # 128 KiB: two full batches to compress against, in less than 1 MiB of memory
 
 
 class Wire(Protocol):
@@ -39,6 +44,26 @@ class Wire(Protocol):
         """Whether the peer's transport has acknowledged all of a finished stream."""
 
 
+class Parcel(Protocol):
+    """What a batch carries of one plugin's epoch: a lane's `Portion`, or the backlog's."""
+
+    @property
+    def plugin(self) -> str:
+        """Whose records they are."""
+
+    @property
+    def epoch(self) -> int:
+        """The epoch they belong to."""
+
+    @property
+    def runs(self) -> list[Run]:
+        """The records."""
+
+    @property
+    def losses(self) -> list[Lost]:
+        """The losses known."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What became of a batch: stored, but for the rejected records, counted by plugin and epoch."""
@@ -50,12 +75,13 @@ class Answer:
 class Dialect(Protocol):
     """One connection's conversation."""
 
-    is_ready: bool
-
     def open(self, wire: Wire) -> None:
         """Say what has to be said first."""
 
-    def send(self, wire: Wire, batch_id: int, portions: Sequence[Portion], ts_ns: int) -> int:
+    def is_ready(self, is_backlog: bool) -> bool:
+        """Whether a batch may be sent: a live one, or one of the backlog."""
+
+    def send(self, wire: Wire, batch_id: int, parcels: Sequence[Parcel], ts_ns: int, is_backlog: bool) -> int:
         """Send a batch; return the bytes it took."""
 
     def receive(self, stream_id: int, data: bytes) -> list[Answer]:
@@ -65,55 +91,96 @@ class Dialect(Protocol):
         """Look at what the transport has delivered since the last time."""
 
 
-class Acknowledged:
-    """`kon-agent/2`: one stream, hello and welcome, then batches answered in order."""
+class _Stream:
+    """One stream of `kon-agent/2`: Hello, Welcome, then batches through one compression context."""
 
-    def __init__(self, agent_id: str, token: str) -> None:
-        self.is_ready = False
-        self._hello = pb.Hello(
-            version=PROTOCOL_VERSION, agent_id=agent_id, agent_version=__version__, token=token, lane=pb.LIVE
-        )
-        self._stream_id = -1
-        self._decoder = FrameDecoder()
+    def __init__(self, wire: Wire, hello: pb.Hello) -> None:
+        self.is_welcome = False
+        self.decoder = FrameDecoder()
+        self.id = wire.open_stream(is_unidirectional=False)
+        self._compressor: zstandard.ZstdCompressionObj | None = None
+        wire.send(self.id, encode_frame(pb.Frame(hello=hello).SerializeToString()))
+
+    def welcome(self, welcome: pb.Welcome) -> None:
+        """Take the server's choice."""
+        self.is_welcome = True
+        if welcome.compression == pb.ZSTD:
+            parameters = zstandard.ZstdCompressionParameters.from_level(ZSTD_LEVEL, window_log=ZSTD_WINDOW_LOG)
+            self._compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+
+    def send(self, wire: Wire, body: bytes) -> int:
+        """Send a frame; return the bytes it took."""
+        if self._compressor is not None:
+            body = self._compressor.compress(body) + self._compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+        frame = encode_frame(body)
+        wire.send(self.id, frame)
+        return len(frame)
+
+
+class Acknowledged:
+    """`kon-agent/2`: a stream for what is new and one for the backlog, each batch answered in order on its own.
+
+    Args:
+        agent_id: who we are.
+        token: what proves it where there is no certificate; may be empty.
+        has_backlog: whether to open the second stream at all.
+    """
+
+    def __init__(self, agent_id: str, token: str, has_backlog: bool) -> None:
+        self._agent_id = agent_id
+        self._token = token
+        self._has_backlog = has_backlog
+        self._streams: dict[bool, _Stream] = {}  # by `is_backlog`
 
     def open(self, wire: Wire) -> None:
-        """Open the stream with Hello."""
-        self._stream_id = wire.open_stream(is_unidirectional=False)
-        wire.send(self._stream_id, encode_frame(pb.Frame(hello=self._hello).SerializeToString()))
+        """Open the streams, each with Hello."""
+        for is_backlog in (False, True) if self._has_backlog else (False,):
+            hello = pb.Hello(
+                version=PROTOCOL_VERSION,
+                agent_id=self._agent_id,
+                agent_version=__version__,
+                token=self._token,
+                lane=pb.BACKLOG if is_backlog else pb.LIVE,
+                compression=[pb.ZSTD],
+            )
+            self._streams[is_backlog] = _Stream(wire, hello)
 
-    def send(self, wire: Wire, batch_id: int, portions: Sequence[Portion], ts_ns: int) -> int:
+    def is_ready(self, is_backlog: bool) -> bool:
+        """Whether that stream has been welcomed."""
+        return is_backlog in self._streams and self._streams[is_backlog].is_welcome
+
+    def send(self, wire: Wire, batch_id: int, parcels: Sequence[Parcel], ts_ns: int, is_backlog: bool) -> int:
         """Send a `Batch` frame."""
         segments = [
-            encode_segment(portion.lane.plugin, portion.lane.epoch, run.first_seq, run.records)
-            for portion in portions
-            for run in portion.runs
+            encode_segment(parcel.plugin, parcel.epoch, run.first_seq, run.records)
+            for parcel in parcels
+            for run in parcel.runs
         ]
         losses = [
             pb.Loss(
-                plugin=portion.lane.plugin,
-                epoch=portion.lane.epoch,
+                plugin=parcel.plugin,
+                epoch=parcel.epoch,
                 first_seq=lost.first_seq,
                 count=lost.count,
                 reason=int(lost.drop),  # type: ignore[arg-type]
             )
-            for portion in portions
-            for lost in portion.losses
+            for parcel in parcels
+            for lost in parcel.losses
         ]
-        frame = encode_frame(encode_batch(batch_id, segments, losses))
-        wire.send(self._stream_id, frame)
-        return len(frame)
+        return self._streams[is_backlog].send(wire, encode_batch(batch_id, segments, losses))
 
     def receive(self, stream_id: int, data: bytes) -> list[Answer]:
         """Take Welcome, Acks, or a Refusal."""
-        if stream_id != self._stream_id:
+        stream = next((stream for stream in self._streams.values() if stream.id == stream_id), None)
+        if stream is None:
             raise RemoteProtocolError(f"the server sent data on stream {stream_id}, which is not ours")
         answers = []
-        for body in self._decoder.feed(data):
+        for body in stream.decoder.feed(data):
             frame = parse_frame(body)
             match frame.WhichOneof("body"):
-                case "welcome" if not self.is_ready:
-                    self.is_ready = True
-                case "ack" if self.is_ready:
+                case "welcome" if not stream.is_welcome:
+                    stream.welcome(frame.welcome)
+                case "ack" if stream.is_welcome:
                     answers.append(_answer(frame.ack))
                 case "refusal":
                     raise RemoteProtocolError(f"the server refused us: {frame.refusal.message}")
@@ -134,16 +201,19 @@ class Unacknowledged:
     """
 
     def __init__(self, agent_id: str) -> None:
-        self.is_ready = True
         self._agent_id = agent_id
         self._streams: dict[int, int] = {}
 
     def open(self, wire: Wire) -> None:
         """Nothing: the original begins with data."""
 
-    def send(self, wire: Wire, batch_id: int, portions: Sequence[Portion], ts_ns: int) -> int:
-        """Send a `BatchMetricsRequest` on a stream of its own."""
-        records = [record for portion in portions for run in portion.runs for record in run.records]
+    def is_ready(self, is_backlog: bool) -> bool:
+        """Always: nothing has to be agreed on."""
+        return True
+
+    def send(self, wire: Wire, batch_id: int, parcels: Sequence[Parcel], ts_ns: int, is_backlog: bool) -> int:
+        """Send a `BatchMetricsRequest` on a stream of its own; losses cannot be told in this protocol."""
+        records = [record for parcel in parcels for run in parcel.runs for record in run.records]
         frame = encode_frame(encode_legacy_batch(self._agent_id, ts_ns, records), MAX_LEGACY_FRAME_BYTES)
         stream_id = wire.open_stream(is_unidirectional=True)
         wire.send(stream_id, frame, end_stream=True)
@@ -160,14 +230,14 @@ class Unacknowledged:
         return [Answer(self._streams.pop(stream_id), {}) for stream_id in done]
 
 
-def choose(alpn: str, agent_id: str, token: str) -> Dialect:
+def choose(alpn: str, agent_id: str, token: str, has_backlog: bool) -> Dialect:
     """Return the dialect of the protocol the handshake settled on.
 
     Raises:
         RemoteProtocolError: the server chose one we did not offer.
     """
     if alpn == ALPN_V2:
-        return Acknowledged(agent_id, token)
+        return Acknowledged(agent_id, token, has_backlog)
     if alpn == ALPN_LEGACY:
         return Unacknowledged(agent_id)
     raise RemoteProtocolError(f"the server chose protocol {alpn!r}; it must speak {ALPN_V2} or {ALPN_LEGACY}")

@@ -44,7 +44,8 @@ class Portion:
         bytes: encoded size of its records.
         end, end_seq: ring position and sequence number behind it.
         rejected: records the server refused for good.
-        is_settled: whether the server has answered for it.
+        is_settled: whether somebody else holds its records for good: the server, or the spool.
+        is_spooled: whether it is the spool.
     """
 
     lane: Lane
@@ -55,6 +56,17 @@ class Portion:
     end_seq: int = 0
     rejected: int = 0
     is_settled: bool = False
+    is_spooled: bool = False
+
+    @property
+    def plugin(self) -> str:
+        """Whose records they are."""
+        return self.lane.plugin
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the ring they come from."""
+        return self.lane.epoch
 
     @property
     def record_count(self) -> int:
@@ -143,6 +155,19 @@ class Lane:
             self._commit(self._outstanding.popleft())
         self._show_in_flight()
 
+    def shelve(self, portion: Portion) -> None:
+        """The spool holds `portion` durably."""
+        portion.is_spooled = True
+        self.settle(portion)
+
+    def skip_spooled(self, highest: int, now_ns: int) -> None:
+        """Pass over what a predecessor made durable and did not live to commit: everything up to `highest`."""
+        while self._consumer.cursor_seq <= highest:
+            portion = self.take(1, 1, now_ns)
+            if portion is None:
+                return
+            self.shelve(portion)
+
     def _commit(self, portion: Portion) -> None:
         old = self._consumer.tally
         dropped = list(old.dropped or ())
@@ -153,8 +178,8 @@ class Lane:
             Tally(
                 tail=portion.end,
                 next_seq=portion.end_seq,
-                acked=old.acked + portion.record_count - portion.rejected,
-                spooled=old.spooled,
+                acked=old.acked + (0 if portion.is_spooled else portion.record_count - portion.rejected),
+                spooled=old.spooled + (portion.record_count if portion.is_spooled else 0),
                 dropped=dropped,
             )
         )

@@ -8,8 +8,10 @@ look at.
 from __future__ import annotations
 
 import asyncio
+import copy
 import socket
 import ssl
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 from aioquic import tls
@@ -53,7 +55,25 @@ class Link(QuicConnectionProtocol):
     """One connection."""
 
     owner: Owner
+    target: Target
     _is_over = False
+
+    async def bind(self) -> None:
+        """Take a new socket, at first or in place of the one before: the connection goes on from a new address.
+
+        Raises:
+            OSError: none can be had, or there is no route.
+        """
+        old = self._transport
+        sock = socket.socket(self.target.family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        try:
+            sock.connect(self.target.address)  # so that the kernel passes ICMP errors on
+            await asyncio.get_running_loop().create_datagram_endpoint(lambda: self, sock=sock)
+        except BaseException:
+            sock.close()
+            raise
+        if old is not None:
+            old.close()
 
     def open_stream(self, is_unidirectional: bool) -> int:
         """Open a stream and return its id."""
@@ -134,31 +154,43 @@ class Link(QuicConnectionProtocol):
                 self._transport.close()
 
 
-async def connect(address: ServerAddress, attempt: int, configuration: QuicConfiguration, owner: Owner) -> Link:
-    """Start connecting to a server; the owner hears how it went.
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One address a server's name resolves to."""
 
-    Args:
-        attempt: chooses among the addresses the host name resolves to.
+    family: socket.AddressFamily
+    address: NetworkAddress
+    name: str
+
+
+async def resolve(server: ServerAddress) -> list[Target]:
+    """Return the addresses of a server, the families taking turns (RFC 8305 section 4).
 
     Raises:
-        OSError: the name does not resolve, or no socket of its family can be had.
+        OSError: the name does not resolve.
     """
     loop = asyncio.get_running_loop()
-    infos = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_DGRAM)
-    family, _, _, _, target = infos[attempt % len(infos)]
-    if configuration.server_name is None:
-        configuration.server_name = address.host
-    sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-    try:
-        sock.connect(target)  # so that the kernel passes ICMP errors on
-        _, link = await loop.create_datagram_endpoint(
-            lambda: Link(QuicConnection(configuration=configuration)), sock=sock
-        )
-    except BaseException:
-        sock.close()
-        raise
+    infos = await loop.getaddrinfo(server.host, server.port, type=socket.SOCK_DGRAM)
+    targets = [Target(family, cast(NetworkAddress, address), server.host) for family, _, _, _, address in infos]
+    first = [target for target in targets if target.family == targets[0].family]
+    second = [target for target in targets if target.family != targets[0].family]
+    paired = [target for pair in zip(first, second, strict=False) for target in pair]
+    return paired + first[len(second) :] + second[len(first) :]
+
+
+async def connect(target: Target, configuration: QuicConfiguration, owner: Owner) -> Link:
+    """Start a handshake; the owner hears how it went.
+
+    Raises:
+        OSError: no socket of that family can be had, or there is no route.
+    """
+    configuration = copy.copy(configuration)
+    configuration.server_name = configuration.server_name or target.name
+    link = Link(QuicConnection(configuration=configuration))
     link.owner = owner
-    link.connect(cast(NetworkAddress, target))
+    link.target = target
+    await link.bind()
+    link.connect(target.address)
     return link
 
 

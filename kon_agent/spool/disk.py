@@ -74,10 +74,18 @@ class Folder:
         except BlockingIOError as err:
             holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
             os.close(fd)
-            raise SpoolError(f"the spool is in use by pid {holder}; stop that agent or choose another cache.path") from err
+            raise SpoolError(
+                f"the spool is in use by pid {holder}; stop that agent or choose another cache.path"
+            ) from err
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
         self._lock_fd = fd
+
+    def release(self) -> None:
+        """Let go of the folder, and of its lock."""
+        for fd in (self._lock_fd, self._fd):
+            if fd >= 0:
+                os.close(fd)
 
     def names(self) -> list[str]:
         """Return the names in the folder."""

@@ -109,11 +109,11 @@ def parse_summary(payload: bytes) -> Contents | None:
 
 
 def scanned(frames: Iterable[Frame]) -> Contents:
-    """Return the contents of a segment as its frames tell; damaged ones count as frames, not as records."""
+    """Return the contents of a segment as its heads tell; a record whose payload is damaged is among them."""
     contents = Contents()
     highest = -1
     for frame in frames:
-        if frame.kind in (Kind.RECORD, Kind.LOSS) and not frame.is_damaged:
+        if frame.kind in (Kind.RECORD, Kind.LOSS):
             contents.add(frame.entry)
         if frame.kind is not Kind.SUMMARY:
             highest = max(highest, frame.ordinal)

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 16  # a person and some scripts; one more is closed at once
 SO_PEERGROUPS = 59  # linux/asm-generic/socket.h; Python does not name it
-_MAX_GROUPS = 1024
+_MAX_GROUPS = 256  # Python takes no more than 1024 bytes of a socket option
 _UCRED = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 
 Pending = Callable[[], Result | None]

@@ -6,22 +6,26 @@ the committed tails.
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from kon_agent import channel, credentials
+from kon_agent import channel, credentials, linkreport, spoolreport
 from kon_agent.channel import Order
 from kon_agent.clock import NS_PER_S
 from kon_agent.config.schema import Config
 from kon_agent.config.server import parse_server
-from kon_agent.linkreport import REPORT_BYTES, LinkReport
+from kon_agent.errors import SpoolError
+from kon_agent.linkreport import LinkReport
 from kon_agent.linux.privileges import User
 from kon_agent.process import Child, Profile, Role, spawn
-from kon_agent.spec import SenderSpec
+from kon_agent.spec import SenderSpec, SpoolSeat
+from kon_agent.spool import place
+from kon_agent.spool.limits import Limits
+from kon_agent.spoolreport import SpoolReport
 from kon_agent.supervisor.child import Supervised
 from kon_agent.supervisor.sharedpage import SharedPage
 from kon_agent.supervisor.sharedring import SharedRing
@@ -41,11 +45,13 @@ class Parts:
     Attributes:
         user: whom it becomes; None without root.
         doorbell: eventfd the workers ring.
+        plugins: the plugins' names, in the order of their slots in the spool's report.
         rings: returns every ring that is not drained.
     """
 
     user: User | None
     doorbell: int
+    plugins: tuple[str, ...]
     rings: Callable[[], Iterable[SharedRing]]
 
 
@@ -63,7 +69,8 @@ class Courier(Supervised):
         self.config = config
         self._parts = parts
         self._orders: socket.socket | None = None
-        self._page = SharedPage("kon-link", REPORT_BYTES)
+        self._page = SharedPage("kon-link", linkreport.REPORT_BYTES)
+        self._spool_page = SharedPage("kon-spool", spoolreport.REPORT_BYTES)
 
     def report(self) -> LinkReport:
         """Return the sender's latest word about its connection."""
@@ -71,6 +78,11 @@ class Courier(Supervised):
             return LinkReport(detail=self.last_exit or "the sender is not running")
         data = self._page.reader.read()
         return LinkReport.decode(data) if data is not None else LinkReport()
+
+    def spool_report(self) -> SpoolReport:
+        """Return the sender's latest word about the spool."""
+        data = self._spool_page.reader.read()
+        return SpoolReport.decode(data) if data is not None else SpoolReport()
 
     def announce(self, ring: SharedRing) -> None:
         """Tell the sender, if there is one, of a ring to consume."""
@@ -94,12 +106,20 @@ class Courier(Supervised):
     def _spawn(self, now_ns: int) -> Child:
         ours, theirs = channel.pair()
         config, parts = self.config, self._parts
+        folder_fd, obstacle = self._open_spool()
+        cache = config.cache
+        limits = Limits(int(cache.max_size), float(cache.max_age), int(cache.min_free))
         role = Role(
             title="kon-agent: sender",
             body="kon_agent.sender.main:main",
-            keep_fds=(theirs.fileno(), parts.doorbell),
+            keep_fds=(theirs.fileno(), parts.doorbell, *((folder_fd,) if folder_fd >= 0 else ())),
             user=parts.user,
-            profile=Profile(allow=frozenset({"network"}), nofile=SENDER_NOFILE, death_signal=None),
+            profile=Profile(
+                write=(folder_fd,) if folder_fd >= 0 else (),
+                allow=frozenset({"network"}),
+                nofile=SENDER_NOFILE,
+                death_signal=None,
+            ),
         )
 
         def specify() -> SenderSpec:
@@ -111,17 +131,32 @@ class Courier(Supervised):
                 orders=theirs,
                 doorbell=parts.doorbell,
                 report=self._page.map_writer(),
+                plugins=parts.plugins,
+                spool=SpoolSeat(folder_fd, obstacle, limits, *self._spool_page.map_both()),
                 log=config.log,
             )
 
-        with contextlib.closing(theirs):
+        try:
             child = spawn(role, prepare=specify)
+        finally:
+            theirs.close()
+            if folder_fd >= 0:
+                os.close(folder_fd)
         self._orders = ours
         for ring in parts.rings():
             self.announce(ring)
             if ring.is_closed:
                 self.dismiss(ring)
         return child
+
+    def _open_spool(self) -> tuple[int, str]:
+        """Return the spool's folder, or -1 and why it cannot be had."""
+        user = self._parts.user
+        try:
+            path = self.config.cache.path
+            return place.prepare(path, user.uid if user else os.getuid(), user.gid if user else os.getgid()), ""
+        except SpoolError as err:
+            return -1, str(err)
 
     def _ask_to_stop(self) -> None:
         self._order(Order("stop", timeout_s=float(self.config.shutdown_timeout)))
@@ -141,3 +176,4 @@ class Courier(Supervised):
     def release(self) -> None:
         """Let go of what is left once the process is gone."""
         self._page.release()
+        self._spool_page.release()

@@ -14,9 +14,12 @@ import selectors
 import signal
 from collections.abc import Iterator, Mapping
 
+from setproctitle import setproctitle
+
 from kon_agent import clock, credentials, logs, telemetry
 from kon_agent.clock import NS_PER_S
 from kon_agent.config.schema import Config
+from kon_agent.control_protocol import PluginStatus
 from kon_agent.errors import KonError
 from kon_agent.lifecycle import State
 from kon_agent.linux import notify, privileges
@@ -61,6 +64,7 @@ def run(config: Config, config_path: str | None) -> int:
         KonError: it cannot start.
     """
     logs.setup("supervisor", config.log.level, config.log.format)
+    setproctitle("kon-agent: supervisor")
     credentials.check(config.tls)
     supervisor = Supervisor(config, config_path)
     try:
@@ -97,7 +101,7 @@ class Supervisor:
             dismiss=lambda ring: self.courier.dismiss(ring),
             next_ring_number=itertools.count(1).__next__,
         )
-        self.courier = Courier(config, Parts(user, self._doorbell, self._rings))
+        self.courier = Courier(config, Parts(user, self._doorbell, tuple(config.plugins.by_name()), self._rings))
         self._control: ControlServer | None = None
 
     def _user(self) -> privileges.User | None:
@@ -251,13 +255,18 @@ class Supervisor:
         if self._control is not None:
             self._control.tick(now_ns)
 
+    def plugin_statuses(self, now_ns: int) -> list[PluginStatus]:
+        """Return every plugin's status."""
+        in_spool = self.courier.spool_report().plugins
+        return [status.plugin_status(unit, in_spool[slot], now_ns) for slot, unit in enumerate(self.units.values())]
+
     def _publish_telemetry(self, now_ns: int) -> None:
         if now_ns < self._measure_at_ns:
             return
         self._measure_at_ns = now_ns + int(self.units["agent"].config.period * NS_PER_S)
         alive = [(process.name, process.pid) for process in self._processes() if process.pid is not None]
         self.meter.measure([("supervisor", os.getpid()), *alive], now_ns)
-        plugins = [status.plugin_status(unit, now_ns) for unit in self.units.values()]
+        plugins = self.plugin_statuses(now_ns)
         self._telemetry.writer.publish(
             telemetry.encode(
                 telemetry.Telemetry(

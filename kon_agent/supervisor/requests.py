@@ -19,7 +19,6 @@ from kon_agent.control_protocol import (
     Request,
     ResourceStatus,
     Result,
-    SpoolStatus,
     Status,
     Stopping,
     unknown_plugin,
@@ -75,7 +74,11 @@ class Requests:
                 return self._disable(unit)
             case Op.PLUGIN_RESTART:
                 return self._restart(unit)
-        return status.plugin_status(unit, clock.now_ns())
+        return self._plugin(unit)
+
+    def _plugin(self, unit: Unit) -> PluginStatus:
+        statuses = self._supervisor.plugin_statuses(clock.now_ns())
+        return next(plugin for plugin in statuses if plugin.name == unit.plugin)
 
     def _unit(self, name: str) -> Unit:
         unit = self._supervisor.units.get(name)
@@ -108,7 +111,7 @@ class Requests:
     def _once(self, unit: Unit, is_done: bool) -> PluginStatus | None:
         # A plugin that dies at once is an answer too: its state says so.
         is_done = is_done or (unit.is_wanted and unit.lifecycle.state in (State.BACKOFF, State.FAILED))
-        return status.plugin_status(unit, clock.now_ns()) if is_done or unit.is_held_back else None
+        return self._plugin(unit) if is_done or unit.is_held_back else None
 
     def status(self) -> Status:
         """Return everything."""
@@ -119,8 +122,10 @@ class Requests:
             pid=os.getpid(),
             uptime_s=(now_ns - supervisor.started_ns) / NS_PER_S,
             server=status.server_status(supervisor.courier.report(), supervisor.config.servers()[0]),
-            plugins=[status.plugin_status(unit, now_ns) for unit in supervisor.units.values()],
-            spool=SpoolStatus(max_bytes=int(supervisor.config.cache.max_size), mode="off"),
+            plugins=supervisor.plugin_statuses(now_ns),
+            spool=status.spool_status(
+                supervisor.courier.spool_report(), int(supervisor.config.cache.max_size), clock.wall_ns() / NS_PER_S
+            ),
             resources=ResourceStatus(cpu_percent=supervisor.meter.cpu_percent, pss_bytes=supervisor.meter.pss_bytes),
             interfaces=status.interface_status(supervisor.network.attachments()),
             warnings=list(supervisor.warnings),

@@ -35,6 +35,11 @@ class SharedPage:
         """Return the page for a writer. Called in the child that writes it; the supervisor must not write it then."""
         return PageWriter(map_memory(self._fd, self._size, writable=True))
 
+    def map_both(self) -> tuple[PageWriter, PageReader]:
+        """Return the page for a writer that takes over its predecessor's value. Called in that child."""
+        view = map_memory(self._fd, self._size, writable=True)
+        return PageWriter(view), PageReader(view)
+
     def release(self) -> None:
         """Let go of the memory."""
         del self.writer, self.reader

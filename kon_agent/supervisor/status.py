@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import datetime
+from collections import Counter
 from collections.abc import Iterable
 
 from kon_agent.bpf.layout import Interface
 from kon_agent.clock import NS_PER_S
-from kon_agent.control_protocol import InterfaceStatus, PluginStatus, ServerStatus
+from kon_agent.control_protocol import InterfaceStatus, PluginStatus, ServerStatus, SpoolStatus
 from kon_agent.lifecycle import State
 from kon_agent.linkreport import LinkReport, LinkState
+from kon_agent.spoolreport import PluginTally, SpoolReport
 from kon_agent.supervisor.unit import Unit
 from kon_agent.telemetry import PluginSample
 
 
-def plugin_status(unit: Unit, now_ns: int) -> PluginStatus:
-    """Return one plugin's status."""
+def plugin_status(unit: Unit, in_spool: PluginTally, now_ns: int) -> PluginStatus:
+    """Return one plugin's status.
+
+    The spool may hold records of earlier runs; they were produced by this agent too, and count from the start. Its
+    figures are taken before the rings': what moves from ring to spool in between is then seen in one of them.
+    """
     figures, pulse = unit.figures(), unit.pulse()
+    of_spool = in_spool.pending + in_spool.acked + sum(in_spool.drops().values())
+    recovered = max(0, of_spool - figures.spooled)
+    dropped = Counter(figures.dropped)
+    dropped.update({reason: count for reason, count in in_spool.drops().items() if count})
     is_alive = unit.child is not None
     return PluginStatus(
         name=unit.plugin,
@@ -27,12 +37,13 @@ def plugin_status(unit: Unit, now_ns: int) -> PluginStatus:
         restarts=unit.lifecycle.restarts,
         last_exit=unit.last_exit,
         breaker=unit.lifecycle.breaker,
-        produced=figures.produced,
-        acked=figures.acked,
+        produced=figures.produced + recovered,
+        recovered=recovered,
+        acked=figures.acked + in_spool.acked,
         in_flight=figures.in_flight,
         in_ring=figures.in_ring,
-        spooled=figures.spooled,
-        dropped=figures.dropped,
+        spooled=figures.spooled + recovered - in_spool.acked - sum(in_spool.drops().values()),
+        dropped=dict(dropped),
         ring_used_bytes=figures.ring_used_bytes,
         ring_size_bytes=figures.ring_size_bytes,
         collect_ms=pulse.collect_ns / 1e6 if pulse.cycles else None,
@@ -78,6 +89,19 @@ def server_status(report: LinkReport, first_server: str) -> ServerStatus:
         state=report.state.name.lower(),
         since=since.isoformat(timespec="milliseconds"),
         rtt_ms=report.rtt_us / 1000 if report.state is LinkState.CONNECTED and report.rtt_us else None,
+        detail=report.detail,
+    )
+
+
+def spool_status(report: SpoolReport, max_bytes: int, wall_s: float) -> SpoolStatus:
+    """Return the spool's status."""
+    return SpoolStatus(
+        bytes=report.disk_bytes,
+        max_bytes=max_bytes,
+        segments=report.segments,
+        records=report.records,
+        oldest_age_s=max(0.0, wall_s - report.oldest_s) if report.oldest_s else None,
+        mode=report.mode.name.lower(),
         detail=report.detail,
     )
 

@@ -40,7 +40,7 @@ NAMES = {
 def test_every_plugins_records_are_stored(start_agent: Callable[..., Agent], receiver: Receiver) -> None:
     """All five plugins deliver; each metric is stored under its name with its labels."""
     agent = start_agent(EVERYTHING)
-    agent.wait_for_acks(20)
+    agent.wait_for_acks()
     for plugin, (name, labels) in NAMES.items():
         found = [record for record in receiver.query(plugin, name) if labels.items() <= record.labels.items()]
         assert found, f"{plugin} stored no {name} with {labels}"
@@ -51,7 +51,7 @@ def test_every_plugins_records_are_stored(start_agent: Callable[..., Agent], rec
 def test_nothing_is_lost_at_rest(start_agent: Callable[..., Agent], receiver: Receiver) -> None:
     """Once every worker has ended, the store holds exactly what each of them produced, no less and no more."""
     agent = start_agent(EVERYTHING)
-    agent.wait_for_acks(20)
+    agent.wait_for_acks()
     for plugin in EVERYTHING:
         agent.change(Op.PLUGIN_DISABLE, plugin)
     wait_for(lambda: law.is_drained(agent.status()), "everything is delivered")
@@ -75,7 +75,7 @@ def test_an_orderly_end_delivers_everything(
 ) -> None:
     """It exits with 0 after the last record is stored; no process, XDP program or socket is left."""
     agent = start_agent(EVERYTHING)
-    agent.wait_for_acks(20)
+    agent.wait_for_acks()
     assert xdp_programs(network)
     witness = Witness(agent.pid)
     if way == "shutdown":
@@ -96,7 +96,7 @@ def test_nothing_outlives_a_killed_supervisor(
 ) -> None:
     """Within 2 s of its SIGKILL no child and no XDP program is left, and the next start works."""
     agent = start_agent(EVERYTHING)
-    agent.wait_for_acks(20)
+    agent.wait_for_acks()
     witness = Witness(agent.pid)
     agent.kill()
     wait_for(agent.is_gone, "all children have ended", deadline_s=2)
@@ -106,7 +106,7 @@ def test_nothing_outlives_a_killed_supervisor(
         assert stored >= stats.acked  # what was in flight may be stored, too
     law.gapless(receiver.ledger())
     agent.start()
-    agent.wait_for_acks(20)
+    agent.wait_for_acks()
 
 
 def test_a_second_instance_is_refused(start_agent: Callable[..., Agent]) -> None:
@@ -140,7 +140,7 @@ def xdp_programs(network: Sequence[str]) -> list[str]:
 def test_the_log_is_quiet_when_healthy(start_agent: Callable[..., Agent], folder: Path) -> None:
     """From start to end nothing is logged as a warning but what the machine lacks."""
     agent = start_agent(EVERYTHING)
-    agent.wait_for_acks(20)
+    agent.wait_for_acks()
     agent.stop()
     complaints = [line for line in agent.log().splitlines() if " WARNING " in line or " ERROR " in line]
     expected = ("user 'kon-agent' does not exist", "watching lo: ")

@@ -7,7 +7,8 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kon_agent.receiver.ledger import EpochLedger, RangeSet, count_of
+from kon_agent.ranges import RangeSet, count_of
+from kon_agent.receiver.ledger import EpochLedger
 
 NUMBERS = st.integers(0, 40)
 RANGES = st.tuples(NUMBERS, NUMBERS).map(lambda pair: (min(pair), max(pair)))

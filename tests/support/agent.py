@@ -114,26 +114,34 @@ class Agent(Program):
 
     # What tests wait for.
 
-    def wait_until_running(self) -> None:
-        """Wait until every enabled plugin has shown a heartbeat and the sender is connected."""
+    def wait_until_running(self, *plugins: str) -> None:
+        """Wait until these plugins, by default all enabled, have shown a heartbeat and the sender is connected."""
+        names = plugins or self._enabled()
 
         def is_running() -> bool:
             now = self.status()
-            return now.server.state == "connected" and all(
-                plugin.state == "RUNNING" for plugin in now.plugins if plugin.enabled
-            )
+            states = {plugin.name: plugin.state for plugin in now.plugins}
+            return now.server.state == "connected" and all(states[name] == "RUNNING" for name in names)
 
-        wait_for(is_running, "connected, and every plugin runs")
+        wait_for(is_running, f"connected, and {', '.join(names)} run")
 
-    def wait_for_acks(self, more: int = 1) -> None:
-        """Wait until `more` further records of every enabled plugin have been acknowledged."""
-        before = {plugin.name: plugin.acked for plugin in self.status().plugins if plugin.enabled}
+    def wait_for_acks(self, *plugins: str, more: int = 20) -> None:
+        """Wait until `more` further records of each of these plugins, by default all enabled, are acknowledged."""
+        names = plugins or self._enabled()
 
-        def lacking() -> list[str]:
-            now = {plugin.name: plugin.acked for plugin in self.status().plugins}
-            return [name for name, acked in before.items() if now[name] < acked + more]
+        def acked() -> dict[str, int]:
+            return {plugin.name: plugin.acked for plugin in self.status().plugins}
 
-        wait_for(lambda: not lacking(), f"{more} more records of each of {', '.join(before)} are acknowledged")
+        before = acked()
+
+        def are_there() -> bool:
+            now = acked()
+            return all(now[name] >= before[name] + more for name in names)
+
+        wait_for(are_there, f"{more} more records of each of {', '.join(names)} are acknowledged")
+
+    def _enabled(self) -> Sequence[str]:
+        return [plugin.name for plugin in self.status().plugins if plugin.enabled]
 
 
 def title(pid: int) -> str:

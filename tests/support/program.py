@@ -57,10 +57,10 @@ class Program:
             self._process = self.launch(log, NOTIFY_SOCKET=ready.getsockname())
             pidfd = os.pidfd_open(self._process.pid)
             try:
-                told, _, _ = select.select([ready, pidfd], [], [], DEADLINE_S)
+                told, _, _ = select.select([ready.fileno(), pidfd], [], [], DEADLINE_S)
             finally:
                 os.close(pidfd)
-            assert ready in told and ready.recv(100) == b"READY=1", f"{self.name} did not start:\n{self.log()}"
+            assert ready.fileno() in told and ready.recv(100) == b"READY=1", f"{self.name} did not start:\n{self.log()}"
 
     def launch(self, output: IO[bytes] | int, **environment: str) -> subprocess.Popen[bytes]:
         """Start its command, with `output` for what it says, and wait for nothing."""

@@ -1,0 +1,78 @@
+"""The spool's place: the folder of `cache.path`, made and handed over while that is still possible.
+
+Done by the supervisor, as root, for a path in a place such as /tmp where others may have put something before us: the
+last component is never followed if it is a link, and a folder that is somebody else's is not taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import stat
+
+from kon_agent.errors import SpoolError
+
+_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def folder_path(path: str) -> str:
+    """Return where the spool lives: `path`, or beside it where the original left its cache file."""
+    return path + ".spool" if os.path.isfile(path) and not os.path.islink(path) else path
+
+
+def prepare(path: str, uid: int, gid: int) -> int:
+    """Make the folder if need be, give it to `uid`, and return its descriptor.
+
+    Raises:
+        SpoolError: it cannot be had, or belongs to somebody else; what to do.
+    """
+    place = folder_path(path)
+    try:
+        os.makedirs(os.path.dirname(place), exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(place, 0o700)
+        fd = os.open(place, _FLAGS)
+    except OSError as err:
+        raise SpoolError(f"cache.path {place} cannot be used: {err.strerror}; correct it or make it writable") from err
+    try:
+        owner = os.fstat(fd).st_uid
+        if owner not in (0, os.getuid(), uid):
+            raise SpoolError(f"cache.path {place} belongs to uid {owner}; remove it or choose another")
+        if os.getuid() == 0:
+            _hand_over(fd, uid, gid)
+        os.fchmod(fd, 0o700)
+    except OSError as err:
+        os.close(fd)
+        raise SpoolError(f"cache.path {place} cannot be handed to uid {uid}: {err.strerror}") from err
+    except SpoolError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _hand_over(fd: int, uid: int, gid: int) -> None:
+    """Give the folder and the files in it to `uid`: an earlier run may have had another user."""
+    os.fchown(fd, uid, gid)
+    for name in os.listdir(fd):
+        info = os.stat(name, dir_fd=fd, follow_symlinks=False)
+        if stat.S_ISREG(info.st_mode) and info.st_uid != uid:
+            os.chown(name, uid, gid, dir_fd=fd, follow_symlinks=False)
+
+
+def holder(folder_fd: int) -> int | None:
+    """Return the pid of the process that uses the spool; None where nobody does. 0: it is not known which."""
+    try:
+        fd = os.open("lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=folder_fd)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        text = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
+        return int(text) if text.isdigit() else 0
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    return None
