@@ -111,6 +111,8 @@ def print_status(status: Status, out: Console) -> None:
         out.print(f"           {printable(server.detail)}")
     out.print(f"resources  cpu {used.cpu_percent:.1f}% of a core  memory {size(used.pss_bytes)}  level {used.level}")
     out.print(f"spool      {_spool(status.spool)}")
+    if status.spool.detail:
+        out.print(f"           {printable(status.spool.detail)}")
     out.print("plugins")
     print_plugins(status.plugins, out, indent=2)
     if status.interfaces:

@@ -16,6 +16,8 @@ from kon_agent.ring import Consumer, Drop, Tally, Verdict
 
 log = logging.getLogger(__name__)
 
+MAX_LOSSES = 100  # of one portion: several lanes' share a batch, which may declare 1000
+
 
 @dataclass(slots=True)
 class Run:
@@ -110,7 +112,7 @@ class Lane:
         portion = Portion(self)
         count = 0
         consumer = self._consumer
-        while count < max_records and portion.bytes < max_bytes:
+        while count < max_records and portion.bytes < max_bytes and len(portion.losses) < MAX_LOSSES:
             expected = consumer.cursor_seq
             record = consumer.read(now_ns)
             if record is None:
@@ -127,7 +129,7 @@ class Lane:
             portion.bytes += len(record.payload)
             count += 1
         if self.is_closed and not consumer.unread_bytes():
-            portion.losses += self._trailing_losses()
+            portion.losses += self._trailing_losses(portion)
         if not portion.runs and not portion.losses:
             return None
         portion.end, portion.end_seq = consumer.cursor, consumer.cursor_seq
@@ -135,16 +137,15 @@ class Lane:
         self._show_in_flight()
         return portion
 
-    def _trailing_losses(self) -> list[Lost]:
+    def _trailing_losses(self, portion: Portion) -> list[Lost]:
         losses = []
-        for drop, count in self._consumer.trailing_losses(self._full_in_flight()):
+        known = [
+            lost for other in (*self._outstanding, portion) for lost in other.losses if lost.drop is Drop.RING_FULL
+        ]
+        for drop, count in self._consumer.trailing_losses(sum(lost.count for lost in known)):
             losses.append(Lost(self._consumer.cursor_seq, count, drop))
             self._consumer.cursor_seq += count
         return losses
-
-    def _full_in_flight(self) -> int:
-        losses = (lost for portion in self._outstanding for lost in portion.losses)
-        return sum(lost.count for lost in losses if lost.drop is Drop.RING_FULL)
 
     def settle(self, portion: Portion, rejected: int = 0) -> None:
         """The server has stored `portion`, but for `rejected` records it never will."""

@@ -91,7 +91,10 @@ class ControlServer:
             return True
         if self._gid is None:
             return False
-        raw = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 4 * _MAX_GROUPS)
+        try:
+            raw = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 4 * _MAX_GROUPS)
+        except OSError:  # ERANGE: a member of more groups than that; only its first one counts then
+            raw = b""
         return self._gid in (gid, *struct.unpack(f"={len(raw) // 4}I", raw))
 
     def _receive(self, connection: _Connection) -> None:

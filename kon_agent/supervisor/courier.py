@@ -10,10 +10,11 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from kon_agent import channel, credentials, linkreport, spoolreport
+from kon_agent import channel, clock, credentials, linkreport, spoolreport
 from kon_agent.channel import Order
 from kon_agent.clock import NS_PER_S
 from kon_agent.config.schema import Config
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 SILENCE_MAX_S = 15.0  # the sender shows a sign of life each second
 START_PATIENCE_S = 30.0  # importing the QUIC stack on a slow SD card
 EXIT_GRACE_S = 1.0  # beyond the time it was given to deliver
+CLAIM_PATIENCE_S = 5.0  # an orphaned sender writes its rings to disk and exits; a slow disk takes its time
+CLAIM_INTERVAL_S = 0.1
 SENDER_NOFILE = 256  # a socket and a few files; two more for each ring while it is being mapped
 
 
@@ -71,6 +74,27 @@ class Courier(Supervised):
         self._orders: socket.socket | None = None
         self._page = SharedPage("kon-link", linkreport.REPORT_BYTES)
         self._spool_page = SharedPage("kon-spool", spoolreport.REPORT_BYTES)
+
+    def claim_spool(self) -> None:
+        """See that nobody else uses the spool; a sender whose supervisor has died is given time to finish.
+
+        Raises:
+            SpoolError: another agent does; the message names its pid.
+        """
+        folder_fd, _ = self._open_spool()
+        if folder_fd < 0:
+            return  # no spool at all: the sender says why, and does without
+        try:
+            deadline_ns = clock.now_ns() + int(CLAIM_PATIENCE_S * NS_PER_S)
+            while (pid := place.holder(folder_fd)) is not None:
+                if clock.now_ns() > deadline_ns:
+                    raise SpoolError(
+                        f"the spool {place.folder_path(self.config.cache.path)} is in use by pid {pid}; "
+                        "stop that agent, or choose another cache.path"
+                    )
+                time.sleep(CLAIM_INTERVAL_S)
+        finally:
+            os.close(folder_fd)
 
     def report(self) -> LinkReport:
         """Return the sender's latest word about its connection."""

@@ -126,8 +126,10 @@ class Supervisor:
 
         Raises:
             ConfigError: another agent is running, or the socket cannot be made.
+            SpoolError: another agent uses the spool.
         """
         self._control = ControlServer(self.config.control, self._selector, Requests(self).handle)
+        self.courier.claim_spool()
         self._open_network()
         for name, section in self.config.plugins.by_name().items():
             self.units[name] = Unit(name, BUILTIN[name], section, self._around, self._grants(name))

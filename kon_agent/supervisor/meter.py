@@ -41,7 +41,7 @@ class Meter:
             try:
                 cpu_s = procfs.read_cpu_seconds(pid)
                 pss_bytes = self._read_pss(pid, now_ns)
-            except (FileNotFoundError, ProcessLookupError):
+            except OSError:
                 continue
             self._previous[pid] = now_ns, cpu_s
             then_ns, then_s = previous.get(pid, (now_ns, cpu_s))

@@ -6,6 +6,7 @@ as descriptors that it maps itself: the producer's area writable for the worker 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 
@@ -31,19 +32,21 @@ class SharedRing:
         self.size_bytes = size_bytes
         self.epoch = secrets.randbits(64) | 1  # never zero, which reads as "none" on the wire
         self.is_closed = False
-        self._producer_fd = create_memfd(f"kon-ring-{plugin}", producer_bytes(size_bytes))
-        self._consumer_fd = create_memfd(f"kon-tail-{plugin}", CONSUMER_BYTES)
-        writable = map_memory(self._producer_fd, producer_bytes(size_bytes), writable=True)
-        format_ring(writable, self.epoch, size_bytes)
-        unmap_memory(writable)
-        # What a child is given of the other's area must be read-only at the file, not just at the mapping.
-        self._producer_ro_fd = reopen_readonly(self._producer_fd)
-        self._consumer_ro_fd = reopen_readonly(self._consumer_fd)
-        self._views = (
-            map_memory(self._producer_ro_fd, producer_bytes(size_bytes), writable=False, inherit=False),
-            map_memory(self._consumer_ro_fd, CONSUMER_BYTES, writable=False, inherit=False),
-        )
-        self.observer = Observer(*self._views, size_bytes)
+        with contextlib.ExitStack() as stack:  # what was had is given back if the rest is refused
+            self._producer_fd = _own(stack, create_memfd(f"kon-ring-{plugin}", producer_bytes(size_bytes)))
+            self._consumer_fd = _own(stack, create_memfd(f"kon-tail-{plugin}", CONSUMER_BYTES))
+            writable = map_memory(self._producer_fd, producer_bytes(size_bytes), writable=True)
+            format_ring(writable, self.epoch, size_bytes)
+            unmap_memory(writable)
+            # What a child is given of the other's area must be read-only at the file, not just at the mapping.
+            self._producer_ro_fd = _own(stack, reopen_readonly(self._producer_fd))
+            self._consumer_ro_fd = _own(stack, reopen_readonly(self._consumer_fd))
+            producer = map_memory(self._producer_ro_fd, producer_bytes(size_bytes), writable=False, inherit=False)
+            stack.callback(unmap_memory, producer)
+            consumer = map_memory(self._consumer_ro_fd, CONSUMER_BYTES, writable=False, inherit=False)
+            stack.callback(unmap_memory, consumer)
+            self._owned = stack.pop_all()
+        self.observer = Observer(producer, consumer, size_bytes)
 
     def map_producer(self) -> Producer:
         """Return the worker's end. Called in the child."""
@@ -59,7 +62,9 @@ class SharedRing:
     def release(self) -> None:
         """Let go of the memory; what children have mapped stays theirs."""
         del self.observer
-        for view in self._views:
-            unmap_memory(view)
-        for fd in (self._producer_fd, self._consumer_fd, self._producer_ro_fd, self._consumer_ro_fd):
-            os.close(fd)
+        self._owned.close()
+
+
+def _own(stack: contextlib.ExitStack, fd: int) -> int:
+    stack.callback(os.close, fd)
+    return fd

@@ -59,10 +59,10 @@ def test_status_json_has_every_field_of_the_contract(cli: Cli, agent: FakeAgent,
     assert {
         "name", "state", "enabled", "pid", "period_s", "restarts", "last_exit", "breaker", "produced",
         "acked", "in_flight", "in_ring", "spooled", "dropped", "ring_used_bytes", "ring_size_bytes", "collect_ms",
-        "missed_ticks", "uptime_s", "detail",
+        "missed_ticks", "uptime_s", "detail", "recovered",
     } == set(printed["plugins"][0])  # fmt: skip
     assert {"address", "state", "since", "rtt_ms", "detail"} == set(printed["server"])
-    assert {"bytes", "max_bytes", "segments", "records", "oldest_age_s", "mode"} == set(printed["spool"])
+    assert {"bytes", "max_bytes", "segments", "records", "oldest_age_s", "mode", "detail"} == set(printed["spool"])
     assert {"cpu_percent", "pss_bytes", "level"} == set(printed["resources"])
     assert ([Request(op=Op.STATUS)], 0) == (agent.requests, result.exit_code)
 

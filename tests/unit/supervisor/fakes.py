@@ -127,7 +127,8 @@ class Plugin:
         self.unit.gone(killed(self.unit.child), now_ns)
 
     def release(self) -> None:
-        """Let go of every ring."""
+        """Let go of every ring, and of the doorbell."""
+        os.close(self.unit._around.doorbell)
         for ring in self.unit.rings():
             ring.release()
 
