@@ -149,7 +149,7 @@ class Lane:
 
     def settle(self, portion: Portion, rejected: int = 0) -> None:
         """The server has stored `portion`, but for `rejected` records it never will."""
-        if self.is_faulted:  # already counted lost, and its memory may be gone
+        if self.is_faulted or portion not in self._outstanding:  # counted lost, or taken again: its memory may be gone
             return
         portion.is_settled, portion.rejected = True, rejected
         while self._outstanding and self._outstanding[0].is_settled:

@@ -17,6 +17,7 @@ from tests.support.agent import AGENT_ID, Agent
 from tests.support.program import Program
 from tests.support.receiver import Receiver, free_port
 from tests.support.waiting import DEADLINE_S, wait_for
+from tests.support.witness import Witness
 
 PLUGINS = ("cpu", "memory", "disk")
 MANY = 200  # records that wait; the quietest plugin makes them in some three seconds
@@ -86,6 +87,32 @@ def test_a_receiver_that_comes_late(folder: Path, pki: Path, network: Sequence[s
         with receiver:
             agent.wait_for_acks()
             assert_nothing_lost(agent, receiver)
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: rings are read after their owner's death")
+@pytest.mark.parametrize("way", ["stopped", "killed"])
+def test_an_agent_that_ends_during_an_outage(agent: Agent, receiver: Receiver, way: str) -> None:
+    """What it has made is on disk when it has ended, and is delivered by the next one, once, with every loss named."""
+    epochs = {row.epoch for row in receiver.ledger()}
+    receiver.stop()
+    wait_for_waiting(agent)
+    witness = Witness(agent.pid)
+    if way == "stopped":
+        assert 0 == agent.stop()
+    else:
+        agent.kill()
+        wait_for(agent.is_gone, "all its processes have ended")
+    receiver.start()
+    agent.start()
+    agent.wait_for_acks()
+    wait_for(lambda: 0 == agent.status().spool.records, "the spool is empty")
+    rows = {row.plugin: row for row in receiver.ledger() if row.epoch in epochs}
+    law.gapless(rows.values())
+    for plugin, stats in witness.stats().items():
+        lost = rows[plugin].declared_lost
+        assert stats.produced == rows[plugin].stored + sum(lost.values())
+        assert {} == lost if way == "stopped" else lost.keys() <= {"worker_crash"}
 
 
 def test_a_receiver_killed_under_load(agent: Agent, receiver: Receiver) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 from kon_agent.cli import client
 from kon_agent.control_protocol import Op, PluginStatus, Request, Status
 from kon_agent.plugins import BUILTIN
-from tests.support.program import REPOSITORY, Program
+from tests.support.program import Program, environment_of
 from tests.support.waiting import wait_for
 
 AGENT_ID = "edge-1"
@@ -92,9 +91,8 @@ class Agent(Program):
     def control(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run `kon-agent` with these arguments against it, as a user does."""
         command = [sys.executable, "-m", "kon_agent.cli.agent", *arguments, "--socket", str(self.socket)]
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
         return subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False
+            command, env=environment_of(), capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False
         )
 
     # Its processes.

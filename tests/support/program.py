@@ -24,6 +24,12 @@ from tests.support.waiting import DEADLINE_S, wait_for
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
+def environment_of(**more: str) -> dict[str, str]:
+    """Return our environment and more, with this repository among what Python imports, installed or not."""
+    path = [more.get("PYTHONPATH", ""), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, **more, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+
+
 class Program:
     """A program, started and ended any number of times; as a context manager, with nothing left behind.
 
@@ -64,13 +70,12 @@ class Program:
 
     def launch(self, output: IO[bytes] | int, **environment: str) -> subprocess.Popen[bytes]:
         """Start its command, with `output` for what it says, and wait for nothing."""
-        path = os.pathsep.join(filter(None, [self._environment.get("PYTHONPATH"), str(REPOSITORY)]))
         return subprocess.Popen(
             [*self._prefix, sys.executable, "-m", *self.arguments()],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **self._environment, "PYTHONPATH": path, **environment},
+            env=environment_of(**self._environment, **environment),
             cwd=self.folder,
         )
 

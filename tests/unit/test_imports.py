@@ -6,7 +6,6 @@ The tree is read, not run: every import statement counts, also one inside a func
 from __future__ import annotations
 
 import ast
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import pytest
 
 import kon_agent
 from kon_agent.plugins import BUILTIN
+from tests.support.program import environment_of
 
 ROOT = Path(kon_agent.__file__).parent
 
@@ -177,8 +177,9 @@ def test_only_process_forks() -> None:
 def loaded_by(module: str) -> set[str]:
     """Return the modules a fresh interpreter has loaded after importing one."""
     program = f"import sys, {module}; print(*sys.modules)"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT.parent)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment_of(), capture_output=True, text=True, check=True
+    )
     return set(done.stdout.split())
 
 

@@ -386,7 +386,6 @@ def test_strangers_may_only_look(public: PublicLoop) -> None:
 
 @pytest.mark.root
 @needs_root
-@pytest.mark.xfail(strict=True, raises=OSError, reason="SO_PEERGROUPS' ERANGE is not caught in _may_change")
 def test_a_peer_of_very_many_groups_harms_nobody(public: PublicLoop) -> None:
     """More groups than the kernel's answer has room for are no membership, and no error of ours."""
     assert ANSWER == public.ask_as(STATUS, NOBODY, list(range(1000, 3000)))
@@ -424,10 +423,10 @@ def test_a_path_too_long_is_said_so(tmp_path: Path) -> None:
     """The kernel's 108 bytes are explained, and no descriptor is left open."""
     config = ControlConfig(socket=str(tmp_path / ("x" * 100) / "s"))
     with selectors.DefaultSelector() as selector:
-        before = os.listdir("/proc/self/fd")
+        before = set(os.listdir("/proc/self/fd"))
         with pytest.raises(ConfigError, match="too long"):
             ControlServer(config, selector, lambda request: Stopping())
-        assert before == os.listdir("/proc/self/fd")
+        assert before >= set(os.listdir("/proc/self/fd"))
 
 
 def test_its_folder_is_made(tmp_path: Path) -> None:

@@ -11,9 +11,13 @@ from kon_agent.bpf.layout import Interface
 from kon_agent.clock import NS_PER_S
 from kon_agent.config.schema import Duration, PluginConfig, Size
 from kon_agent.linkreport import LinkReport, LinkState
+from kon_agent.ring import Drop
+from kon_agent.spoolreport import PluginTally
 from kon_agent.supervisor import status
 from kon_agent.supervisor.unit import MAX_WAITING_RINGS
-from tests.unit.supervisor.fakes import START_NS, Plugin, make_plugin
+from tests.unit.supervisor.fakes import START_NS, Plugin, consume, make_plugin
+
+NOTHING = PluginTally()
 
 
 @pytest.fixture
@@ -25,7 +29,7 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Plugin]:
 
 def test_a_plugin_that_never_ran_has_nothing_to_show(plugin: Plugin) -> None:
     """No pid, no uptime, no cycle time; the ring it will have."""
-    shown = status.plugin_status(plugin.unit, START_NS)
+    shown = status.plugin_status(plugin.unit, NOTHING, START_NS)
     assert ("STOPPED", True, None, None, None, "") == (
         shown.state,
         shown.enabled,
@@ -42,7 +46,7 @@ def test_a_running_plugin_shows_its_figures(plugin: Plugin) -> None:
     plugin.start()
     plugin.producer.publish(b"record")
     plugin.producer.beat(START_NS, 2_500_000, 1)
-    shown = status.plugin_status(plugin.unit, START_NS + 3 * NS_PER_S)
+    shown = status.plugin_status(plugin.unit, NOTHING, START_NS + 3 * NS_PER_S)
     assert plugin.unit.pid == shown.pid
     assert ("RUNNING", 3.0, 2.5, 1) == (shown.state, shown.uptime_s, shown.collect_ms, shown.missed_ticks)
     assert (1, 1, 0) == (shown.produced, shown.in_ring, shown.acked)
@@ -54,18 +58,18 @@ def test_a_dead_plugin_says_why_and_when_it_tries_again(plugin: Plugin) -> None:
     plugin.producer.say("ImportError: nowhere")
     plugin.die()
     plugin.unit.lifecycle.retry_at_ns = START_NS + 2 * NS_PER_S
-    shown = status.plugin_status(plugin.unit, START_NS)
+    shown = status.plugin_status(plugin.unit, NOTHING, START_NS)
     assert "killed by SIGKILL: ImportError: nowhere; next try in 2.0 s" == shown.detail
     assert shown.last_exit == "killed by SIGKILL: ImportError: nowhere"
-    assert "next try in 0.0 s" in status.plugin_status(plugin.unit, START_NS + 9 * NS_PER_S).detail
+    assert "next try in 0.0 s" in status.plugin_status(plugin.unit, NOTHING, START_NS + 9 * NS_PER_S).detail
 
 
 def test_an_obstacle_is_told_where_the_plugin_is_wanted(plugin: Plugin) -> None:
     """What cannot run says why; what nobody wants says nothing."""
     plugin.unit.obstacle = "needs root"
-    assert "needs root" == status.plugin_status(plugin.unit, START_NS).detail
+    assert "needs root" == status.plugin_status(plugin.unit, NOTHING, START_NS).detail
     plugin.unit.is_wanted = False
-    assert "" == status.plugin_status(plugin.unit, START_NS).detail
+    assert "" == status.plugin_status(plugin.unit, NOTHING, START_NS).detail
 
 
 def test_a_plugin_held_back_says_so(plugin: Plugin) -> None:
@@ -74,14 +78,32 @@ def test_a_plugin_held_back_says_so(plugin: Plugin) -> None:
         plugin.start()
         plugin.producer.publish(b"record")
         plugin.die()
-    assert "until the sender has drained" in status.plugin_status(plugin.unit, START_NS).detail
+    assert "until the sender has drained" in status.plugin_status(plugin.unit, NOTHING, START_NS).detail
+
+
+def test_the_spools_figures_count_as_the_plugins(plugin: Plugin) -> None:
+    """What an earlier run left on disk was produced, too; the law holds over ring and spool together."""
+    plugin.start()
+    for _ in range(5):
+        plugin.producer.publish(b"record")
+    lane, unmap = consume(plugin.announced[0])
+    portion = lane.take(3, 1000, 0)
+    assert portion is not None
+    lane.shelve(portion)
+    unmap()
+    tally = PluginTally(pending=4, acked=2, evicted=1)
+    shown = status.plugin_status(plugin.unit, tally, START_NS)
+    assert (9, 4, 2, 2, 4) == (shown.produced, shown.recovered, shown.acked, shown.in_ring, shown.spooled)
+    assert {Drop.SPOOL_EVICTED.name.lower(): 1} == shown.dropped
+    total = shown.acked + shown.in_flight + shown.in_ring + shown.spooled + sum(shown.dropped.values())
+    assert shown.produced == total
 
 
 def test_telemetry_tells_the_same(plugin: Plugin) -> None:
     """The agent's own metrics and its status have one source."""
     plugin.start()
     plugin.producer.reject()
-    shown = status.plugin_status(plugin.unit, START_NS)
+    shown = status.plugin_status(plugin.unit, NOTHING, START_NS)
     sample = status.plugin_sample(shown)
     for name in sample.__struct_fields__:
         assert (getattr(shown, name) or 0) == (getattr(sample, name) or 0), name
