@@ -54,6 +54,7 @@ class Worker:
         self._period_ns = int(spec.config.period * clock.NS_PER_S)
         self._wakeup = _wakeup_on(signal.SIGTERM)
         self._unencodable: set[str] = set()
+        self._parent_pid = os.getppid()
         module, _, name = spec.target.partition(":")
         self._collector: Collector = getattr(importlib.import_module(module), name)(
             spec.config, Context(grants=spec.grants)
@@ -64,6 +65,9 @@ class Worker:
         getattr(self._collector, "start", _nothing)()
         schedule = Schedule(self._period_ns, clock.now_ns())
         while not self._stops_before(schedule.due_ns):
+            if os.getppid() != self._parent_pid:  # PDEATHSIG needs the dying parent's CAP_KILL; this needs nothing
+                log.warning("the supervisor is gone")
+                break
             started_ns = clock.now_ns()
             schedule.advance(started_ns)
             self._cycle()
@@ -78,12 +82,12 @@ class Worker:
 
     def _cycle(self) -> None:
         ts_ns = clock.wall_ns()
+        published = 0
         try:
-            metrics = self._collector.collect()
-            published = sum(self._publish(metric, ts_ns) for metric in metrics)
+            for metric in self._collector.collect():
+                published += self._publish(metric, ts_ns)
         except NoData as reason:
             log.debug("no data: %s", reason)
-            return
         if published:
             self._ring_doorbell()
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import importlib.machinery
 import importlib.util
 import os
@@ -41,7 +42,6 @@ _SIGNATURES: dict[str, tuple[type, list[type]]] = {
     "bpf_map_freeze": (_int, [_int]),
     "bpf_map_lookup_elem": (_int, [_int, _void, _void]),
     "bpf_map_update_elem": (_int, [_int, _void, _void, ctypes.c_uint64]),
-    "bpf_prog_get_fd_by_id": (_int, [_u32]),
     "libbpf_num_possible_cpus": (_int, []),
     "libbpf_set_print": (_void, [_void]),
     "libbpf_version_string": (_text, []),
@@ -69,6 +69,18 @@ class Log:
         lines = [line.rstrip() for line in self.text.splitlines() if line.strip()]
         kept = [line for line in lines if "; R" not in line and not line.startswith(("processed ", "-- "))]
         return "\n".join(kept[-_LOG_LINES_SHOWN:])
+
+
+def _duplicate_own(program_id: int) -> int:
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            with open(f"/proc/self/fdinfo/{name}", encoding="ascii") as file:
+                is_it = f"prog_id:\t{program_id}\n" in file.read()
+        except OSError:  # the listing's own descriptor, closed by now
+            continue
+        if is_it:
+            return fcntl.fcntl(int(name), fcntl.F_DUPFD_CLOEXEC, 3)
+    raise BpfError(f"BPF program {program_id} is loaded but not open in this process; /proc must be mounted")
 
 
 class Library:
@@ -123,14 +135,15 @@ class Library:
         _checked(result, f"set entry {index} of BPF map {name}")
 
     def program_fd(self, array_fd: int, name: str) -> int:
-        """Return a new fd of the program in slot 0 of a program array.
+        """Return a new fd of the program in slot 0 of a program array; this process must have it open already.
 
-        Looking a program array up gives the program's id (kernel/bpf/arraymap.c, fd_array lookup).
+        Looking a program array up gives the program's id (kernel/bpf/arraymap.c, fd_array lookup). Opening a program
+        by id would take CAP_SYS_ADMIN; duplicating the descriptor the loader holds takes nothing.
         """
         key, program_id = _u32(0), _u32(0)
         result = self._c.bpf_map_lookup_elem(array_fd, ctypes.byref(key), ctypes.byref(program_id))
         _checked(result, f"look the program of BPF map {name} up")
-        return _checked(self._c.bpf_prog_get_fd_by_id(program_id.value), f"open BPF program {program_id.value}")
+        return _duplicate_own(program_id.value)
 
     @contextmanager
     def captured_log(self) -> Iterator[Log]:

@@ -133,7 +133,7 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
         with closing(_connect(path)) as db:
             yield db
     except sqlite3.Error as err:
-        raise StoreError(f"store {path} cannot be read: {err}; is it yours to read?") from err
+        raise StoreError(f"store {path} cannot be read: {err}; is it a receiver's, and yours to read?") from err
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import errno
 import logging
 import secrets
 import socket
@@ -102,7 +103,11 @@ class Connection(QuicConnectionProtocol):
                 self._quic.send_stream_data(action.stream_id, action.data, action.is_end)
                 self._transmit_soon()
             elif isinstance(action, Close):
-                who = f"{self._intake.agent_id or 'agent'!r} at {self._peer}" if self._intake else self._peer
+                who = (
+                    f"{self._intake.agent_id!r} at {self._peer}"
+                    if self._intake and self._intake.agent_id
+                    else self._peer
+                )
                 log.warning("refused %s: %s", who, action.message)
                 self.transmit()  # what was said before; once closing, aioquic sends nothing else
                 self.close(action.code, _reason(action.message))
@@ -267,7 +272,9 @@ def _bind(address: ServerAddress) -> socket.socket:
         except OSError as err:
             error = error or err
     reason = error.strerror if error else "no address"
-    raise KonError(f"cannot listen on {address}: {reason}; is another receiver running there?") from error
+    is_taken = error is not None and error.errno == errno.EADDRINUSE
+    advice = "is another receiver running there?" if is_taken else "give an address of this host"
+    raise KonError(f"cannot listen on {address}: {reason}; {advice}") from error
 
 
 def _bind_one(family: int, target: Any) -> socket.socket:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from kon_agent import channel, clock, logs
 from kon_agent.errors import KonError
+from kon_agent.linkreport import LinkReport
 from kon_agent.linux.memory import map_memory, unmap_memory
 from kon_agent.ring import CONSUMER_BYTES, Consumer, producer_bytes
 from kon_agent.sender.backlog import Backlog
@@ -50,11 +51,12 @@ class InFlight:
 def main(spec: SenderSpec) -> int:
     """Deliver until told to stop; return the process's exit code."""
     logs.setup("sender", spec.log.level, spec.log.format)
-    logging.getLogger("quic").setLevel(logging.WARNING)  # aioquic tells of every connection; `Connector` does already
+    logging.getLogger("quic").setLevel(logging.ERROR)  # aioquic tells of every attempt; `Connector` does already
     try:
         return asyncio.run(Sender(spec).run())
     except KonError as err:
         log.error("%s", err)
+        spec.report.publish(LinkReport(since_ns=clock.wall_ns(), alive_ns=clock.now_ns(), detail=str(err)).encode())
         return err.exit_code
     except Exception:
         traceback.print_exc()

@@ -216,6 +216,8 @@ def configure(credentials: Credentials) -> QuicConfiguration:
                 credentials.cert
             )
             configuration.private_key = tls.load_pem_private_key(credentials.key)
+            if configuration.certificate.public_key() != configuration.private_key.public_key():
+                raise ConfigError("tls.cert and tls.key do not belong together; make a new pair")
     except (ValueError, TypeError) as err:
         raise ConfigError(f"tls: a certificate or key file is not PEM: {err}") from err
     return configuration

@@ -41,7 +41,8 @@ def prepare(path: str, uid: int, gid: int) -> int:
             raise SpoolError(f"cache.path {place} belongs to uid {owner}; remove it or choose another")
         if os.getuid() == 0:
             _hand_over(fd, uid, gid)
-        os.fchmod(fd, 0o700)
+        if stat.S_IMODE(os.fstat(fd).st_mode) != 0o700:
+            os.fchmod(fd, 0o700)
     except OSError as err:
         os.close(fd)
         raise SpoolError(f"cache.path {place} cannot be handed to uid {uid}: {err.strerror}") from err
@@ -53,7 +54,8 @@ def prepare(path: str, uid: int, gid: int) -> int:
 
 def _hand_over(fd: int, uid: int, gid: int) -> None:
     """Give the folder and the files in it to `uid`: an earlier run may have had another user."""
-    os.fchown(fd, uid, gid)
+    if os.fstat(fd).st_uid != uid:
+        os.fchown(fd, uid, gid)
     for name in os.listdir(fd):
         info = os.stat(name, dir_fd=fd, follow_symlinks=False)
         if stat.S_ISREG(info.st_mode) and info.st_uid != uid:

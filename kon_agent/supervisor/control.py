@@ -208,8 +208,9 @@ def _listen(path: str, gid: int | None) -> socket.socket:
         listener.bind(path)
         # Anyone may connect and look: each connection's rights are checked by its credentials.
         os.chmod(path, 0o666)  # noqa: S103
-        if gid is not None and os.getuid() == 0:
-            os.chown(path, -1, gid)
+        if gid is not None and os.getuid() == 0 and os.stat(path).st_gid != gid:
+            with contextlib.suppress(PermissionError):  # without CAP_CHOWN; rights are checked by `_may_change` anyway
+                os.chown(path, -1, gid)
         listener.listen(MAX_CONNECTIONS)
     except OSError as err:
         listener.close()

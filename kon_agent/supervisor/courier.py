@@ -67,13 +67,19 @@ class Courier(Supervised):
     """
 
     def __init__(self, config: Config, parts: Parts) -> None:
-        super().__init__("sender", config.shutdown_timeout + EXIT_GRACE_S)
+        super().__init__("sender", _grace_s(config))
         self.is_wanted = True
         self.config = config
         self._parts = parts
         self._orders: socket.socket | None = None
+        self._gone_wall_ns = clock.wall_ns()
         self._page = SharedPage("kon-link", linkreport.REPORT_BYTES)
         self._spool_page = SharedPage("kon-spool", spoolreport.REPORT_BYTES)
+
+    def reconfigure(self, config: Config, now_ns: int) -> None:
+        """Go on with another configuration: the process is replaced, the rings stay."""
+        self.config, self.stop_grace_s = config, _grace_s(config)
+        self.restart(now_ns)
 
     def claim_spool(self) -> None:
         """See that nobody else uses the spool; a sender whose supervisor has died is given time to finish.
@@ -99,7 +105,10 @@ class Courier(Supervised):
     def report(self) -> LinkReport:
         """Return the sender's latest word about its connection."""
         if self.child is None:
-            return LinkReport(detail=self.last_exit or "the sender is not running")
+            return LinkReport(since_ns=self._gone_wall_ns, detail=self.last_exit or "the sender is not running")
+        return self._report()
+
+    def _report(self) -> LinkReport:
         data = self._page.reader.read()
         return LinkReport.decode(data) if data is not None else LinkReport()
 
@@ -192,7 +201,12 @@ class Courier(Supervised):
     def _patience_ns(self) -> int:
         return int((SILENCE_MAX_S if self._heartbeat_ns() else START_PATIENCE_S) * NS_PER_S)
 
+    def _last_words(self) -> str:
+        report = self._report()
+        return report.detail if report.alive_ns >= self.started_ns else ""
+
     def _on_gone(self) -> None:
+        self._gone_wall_ns = clock.wall_ns()
         if self._orders is not None:
             self._orders.close()
             self._orders = None
@@ -201,3 +215,7 @@ class Courier(Supervised):
         """Let go of what is left once the process is gone."""
         self._page.release()
         self._spool_page.release()
+
+
+def _grace_s(config: Config) -> float:
+    return config.shutdown_timeout + EXIT_GRACE_S

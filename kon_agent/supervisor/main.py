@@ -20,7 +20,7 @@ from kon_agent import clock, credentials, logs, telemetry
 from kon_agent.clock import NS_PER_S
 from kon_agent.config.schema import Config
 from kon_agent.control_protocol import PluginStatus
-from kon_agent.errors import KonError
+from kon_agent.errors import KonError, PrivilegeError
 from kon_agent.lifecycle import State
 from kon_agent.linux import notify, privileges
 from kon_agent.plugins import BUILTIN
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 LOOK_INTERVAL_S = 1.0  # how often heartbeats are looked at when nothing else happens
 STARTING_INTERVAL_S = 0.1  # while something starts or stops, somebody is waiting to see it
+FIRST_MEASUREMENT_NS = 900_000_000  # just before the agent plugin's first tick, and so before all that follow
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
 
@@ -90,7 +91,7 @@ class Supervisor:
         self._signal_fds = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._doorbell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._telemetry = SharedPage("kon-telemetry", telemetry.MAX_TELEMETRY_BYTES)
-        self._measure_at_ns = 0
+        self._measure_at_ns = self.started_ns + FIRST_MEASUREMENT_NS
         self._watched: dict[int, Supervised] = {}  # pid to the process whose pidfd the selector watches
         user = self._user()
         self._around = Surroundings(
@@ -109,6 +110,8 @@ class Supervisor:
             self.warn("started without root: the ebpf plugin is left out (it needs CAP_BPF, CAP_NET_ADMIN and "
                       "CAP_PERFMON) and all processes run as this user; start it with sudo to have both")  # fmt: skip
             return None
+        if lacking := privileges.current_privileges().missing("CAP_SETUID", "CAP_SETGID", "CAP_KILL"):
+            raise PrivilegeError(f"{', '.join(lacking)} is missing: workers of another user could not be made or ended")
         user = privileges.resolve_user(self.config.user)
         if user.is_fallback:
             self.warn(f"user {self.config.user!r} does not exist: the workers run as {user.name!r}; create it with "

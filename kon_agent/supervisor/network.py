@@ -15,10 +15,12 @@ from kon_agent.bpf.layout import Interface
 from kon_agent.bpf.net import NetCounters
 from kon_agent.config.schema import EbpfConfig
 from kon_agent.errors import BpfError
-from kon_agent.linux import netlink
+from kon_agent.linux import netlink, privileges
 from kon_agent.supervisor.sharedpage import SharedPage
 
 log = logging.getLogger(__name__)
+
+MAX_OBSTACLE_CHARS = 300  # a line in a log and a status: the verifier's whole story would fill both
 
 
 class NetworkWatch:
@@ -40,7 +42,9 @@ class NetworkWatch:
         try:
             self._counters = NetCounters.load()
         except BpfError as err:
-            self.obstacle = str(err)
+            lacking = privileges.current_privileges().missing("CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON")
+            needs = f"{', '.join(lacking)} is missing; " if lacking else ""
+            self.obstacle = (needs + " | ".join(str(err).splitlines()))[:MAX_OBSTACLE_CHARS]
             return
         self._page = SharedPage("kon-interfaces", layout.TABLE_BYTES)
         self.monitor = netlink.open_link_monitor()

@@ -158,8 +158,7 @@ class Requests:
         for name in set(differing).intersection(_NEEDS_RESTART):
             supervisor.warn(f"{name}: the change takes effect when the agent is restarted")
         if set(differing).difference(_NEEDS_RESTART):
-            supervisor.courier.config = new
-            supervisor.courier.restart(now_ns)
+            supervisor.courier.reconfigure(new, now_ns)
         everything = [*(f"plugins.{name}" for name in supervisor.units), *sections]
         changed += differing
         return Reload(changed=changed, unchanged=[name for name in everything if name not in changed])
