@@ -6,14 +6,37 @@ drop. Small enough to be replaced in tests by a disk that tears writes, fills up
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import os
+import stat
+from dataclasses import dataclass
 from typing import Protocol
 
-from kon_agent.errors import SpoolError
+from kon_agent.spool import lock
 
 BLOCK_BYTES = 4096  # what a file's size is rounded up to on disk, as `du` counts
-_LOCK = "lock"
+EXTENTS_FROM_BYTES = (
+    4 * BLOCK_BYTES
+)  # a fragmented file needs a further block for its map (ext4 keeps 4 extents inline)
+NAME_BYTES = 32  # what a name takes in its folder, rounded up
+# O_NONBLOCK: whatever has come to lie under a segment's name, a FIFO say, opening it never waits.
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the folder says of one file.
+
+    Attributes:
+        size: its length, bytes.
+        modified_s: when it was last written, wall time in seconds.
+        disk_bytes: what it takes on disk.
+    """
+
+    size: int
+    modified_s: float
+    disk_bytes: int
 
 
 class Disk(Protocol):
@@ -22,11 +45,8 @@ class Disk(Protocol):
     def names(self) -> list[str]:
         """Return the names in the folder."""
 
-    def size(self, name: str) -> int:
-        """Return a file's length, bytes."""
-
-    def modified_s(self, name: str) -> float:
-        """Return when a file was last written, wall time in seconds."""
+    def facts(self, name: str) -> Facts | None:
+        """Return what is known of a file; None where it is no regular file, and so none of ours."""
 
     def read(self, name: str, offset: int, length: int) -> bytes:
         """Return up to `length` bytes from `offset`."""
@@ -35,13 +55,19 @@ class Disk(Protocol):
         """Create a new file and return its descriptor; the folder is synced, so that the file is there to stay."""
 
     def write(self, fd: int, data: bytes) -> None:
-        """Write all of `data`."""
+        """Write all of `data`; after an error any part of it may be there."""
 
     def sync(self, fd: int) -> None:
         """Make what was written durable."""
 
+    def truncate(self, fd: int, length: int) -> None:
+        """Cut a file back to `length` bytes."""
+
     def close(self, fd: int) -> None:
         """Close a file."""
+
+    def harden(self, name: str) -> None:
+        """Make what another process wrote to a file durable."""
 
     def unlink(self, name: str) -> None:
         """Remove a file; the folder is synced."""
@@ -62,46 +88,36 @@ class Folder:
         self._lock_fd = -1
 
     def lock(self) -> None:
-        """Become the folder's only user, until this process ends.
+        """Become the folder's only user, until this process ends or lets go of it.
 
         Raises:
             SpoolError: another process is; the message names its pid.
             OSError: the folder cannot be written.
         """
-        fd = os.open(_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=self._fd)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
-            holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            os.close(fd)
-            raise SpoolError(
-                f"the spool is in use by pid {holder}; stop that agent or choose another cache.path"
-            ) from err
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-        self._lock_fd = fd
+        if self._lock_fd < 0:
+            self._lock_fd = lock.take(self._fd)
 
     def release(self) -> None:
         """Let go of the folder, and of its lock."""
         for fd in (self._lock_fd, self._fd):
             if fd >= 0:
                 os.close(fd)
+        self._fd = self._lock_fd = -1
 
     def names(self) -> list[str]:
         """Return the names in the folder."""
         return os.listdir(self._fd)
 
-    def size(self, name: str) -> int:
-        """Return a file's length, bytes."""
-        return os.stat(name, dir_fd=self._fd, follow_symlinks=False).st_size
-
-    def modified_s(self, name: str) -> float:
-        """Return when a file was last written, wall time in seconds."""
-        return os.stat(name, dir_fd=self._fd, follow_symlinks=False).st_mtime
+    def facts(self, name: str) -> Facts | None:
+        """Return what is known of a file; None where it is no regular file."""
+        info = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
+        if not stat.S_ISREG(info.st_mode):
+            return None
+        return Facts(info.st_size, info.st_mtime, info.st_blocks * 512)
 
     def read(self, name: str, offset: int, length: int) -> bytes:
         """Return up to `length` bytes from `offset`."""
-        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._fd)
+        fd = os.open(name, _READ, dir_fd=self._fd)
         try:
             return os.pread(fd, length, offset)
         finally:
@@ -109,12 +125,13 @@ class Folder:
 
     def create(self, name: str) -> int:
         """Create a new file and sync the folder."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        fd = os.open(name, flags, 0o600, dir_fd=self._fd)
+        fd = os.open(name, _CREATE, 0o600, dir_fd=self._fd)
         try:
             os.fsync(self._fd)  # else the file itself may be gone after a power cut (fsync(2), NOTES)
         except OSError:
             os.close(fd)
+            with contextlib.suppress(OSError):  # empty and never to be used
+                os.unlink(name, dir_fd=self._fd)
             raise
         return fd
 
@@ -128,9 +145,22 @@ class Folder:
         """Make what was written durable."""
         os.fdatasync(fd)
 
+    def truncate(self, fd: int, length: int) -> None:
+        """Cut a file back to `length` bytes."""
+        os.ftruncate(fd, length)
+        os.lseek(fd, length, os.SEEK_SET)
+
     def close(self, fd: int) -> None:
         """Close a file."""
         os.close(fd)
+
+    def harden(self, name: str) -> None:
+        """Make what another process wrote to a file durable."""
+        fd = os.open(name, _READ, dir_fd=self._fd)  # Linux syncs through a descriptor for reading as well
+        try:
+            os.fdatasync(fd)
+        finally:
+            os.close(fd)
 
     def unlink(self, name: str) -> None:
         """Remove a file and sync the folder."""
@@ -144,5 +174,6 @@ class Folder:
 
 
 def on_disk(size_bytes: int) -> int:
-    """Return what a file of `size_bytes` takes on disk."""
-    return -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES
+    """Return what a file of `size_bytes` takes on disk, at most."""
+    blocks = -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES
+    return blocks + BLOCK_BYTES if size_bytes > EXTENTS_FROM_BYTES else blocks

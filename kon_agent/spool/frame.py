@@ -1,20 +1,21 @@
 """Frames: how entries stand in a segment file. Pure.
 
-    magic u16 | kind u8 | plugin length u8 | payload length u16 | reason u16 | head crc u32 | body crc u32 |
-    ordinal u32 | count u32 | epoch u64 | seq u64 | plugin | payload | padding to 8
+    head crc u32 | body crc u32 |
+    magic u16 | kind u8 | plugin length u8 | payload length u16 | reason u16 | ordinal u32 | count u64 | epoch u64 |
+    seq u64 | plugin | payload | padding to 8
 
-All little-endian, every frame at a multiple of 8. The head CRC covers the header (with both CRCs zero) and the plugin,
-the body CRC the payload. `ordinal` numbers the frames of a segment from zero.
+All little-endian, every frame at a multiple of 8. The head CRC covers everything from the magic to the plugin, the body
+CRC the payload, and starts from the head CRC so that no head can adopt another frame's payload. `ordinal` numbers the
+frames of a segment from zero.
 
-    HEADER   first frame of a segment: seq = its number, epoch = number of frames in the segment before it
+    HEADER   first frame of a segment: seq = its number; epoch and payload = number and summary of the segment before it
     RECORD   one encoded record; count = 1
-    LOSS     sequence numbers seq … seq + count − 1 are lost, for `reason`
-    SUMMARY  last frame of a finished segment: payload = what the segment holds, see `segment`
+    LOSS     sequence numbers seq … seq + count − 1 are lost, for `reason`; no payload
+    SUMMARY  last frame of a finished segment: epoch = its number, seq = CRC of all before it, payload = what it holds
 
 Invariants:
 * A damaged payload costs its own record, for the head still says whose it was and where the next one begins.
-* A damaged head costs its own frame: the next one is found by its magic and both its CRCs, and its ordinal says how
-  many are gone.
+* A damaged head costs its own frame: the next one is found by its magic and its CRC.
 * Damage is never delivered, and never stops the reading.
 """
 
@@ -24,14 +25,18 @@ import enum
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+import msgspec
 
 MAGIC = 0x4B53
+MAX_PLUGIN_BYTES = 0xFF
 MAX_PAYLOAD_BYTES = 0xFFFF
-_HEAD = struct.Struct("<HBBHHIIIIQQ")
-HEAD_BYTES = _HEAD.size
-_ALIGN = 8
+ALIGN = 8
+_CRCS = struct.Struct("<II")
+_REST = struct.Struct("<HBBHHIQQQ")
+HEAD_BYTES = _CRCS.size + _REST.size
 _MAGIC_BYTES = MAGIC.to_bytes(2, "little")
+_PADDING = tuple(bytes(-length % ALIGN) for length in range(ALIGN))
 
 
 class Kind(enum.IntEnum):
@@ -43,8 +48,10 @@ class Kind(enum.IntEnum):
     SUMMARY = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+_KINDS = (None, *Kind)
+
+
+class Entry(msgspec.Struct, frozen=True, gc=False):
     """What the spool is asked to keep: a record, or a known loss.
 
     Attributes:
@@ -66,80 +73,86 @@ class Entry:
         """Whether this stands for lost records."""
         return self.reason != 0
 
+    @property
+    def last(self) -> int:
+        """The last sequence number it stands for."""
+        return self.seq + self.count - 1
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+
+class Frame(msgspec.Struct, frozen=True, gc=False):
     """One frame as read.
 
     Attributes:
         kind, ordinal, entry: its content; the entry's payload is empty where `is_damaged`.
-        end: offset of the byte behind it.
+        start, end: offsets of its first byte and of the byte behind it.
         is_damaged: its head is whole, its payload is not.
     """
 
     kind: Kind
     ordinal: int
     entry: Entry
+    start: int
     end: int
     is_damaged: bool = False
 
+    @property
+    def is_entry(self) -> bool:
+        """Whether it holds, whole, what somebody stored."""
+        return self.kind in (Kind.RECORD, Kind.LOSS) and not self.is_damaged
+
 
 def encode(kind: Kind, ordinal: int, entry: Entry) -> bytes:
-    """Return the frame of `entry`."""
-    plugin = entry.plugin.encode()
-    fields = (MAGIC, kind, len(plugin), len(entry.payload), entry.reason)
-    tail = (ordinal, entry.count, entry.epoch, entry.seq)
-    head_crc = zlib.crc32(plugin, zlib.crc32(_HEAD.pack(*fields, 0, 0, *tail)))
-    body_crc = zlib.crc32(entry.payload, head_crc)  # chained, so that a head cannot adopt another frame's payload
-    frame = _HEAD.pack(*fields, head_crc, body_crc, *tail) + plugin + entry.payload
-    return frame + bytes(-len(frame) % _ALIGN)
+    """Return the frame of `entry`.
+
+    Raises:
+        struct.error: a field is out of its range.
+    """
+    plugin, epoch, seq, payload, count, reason = msgspec.structs.astuple(entry)
+    name = plugin.encode()
+    rest = _REST.pack(MAGIC, kind, len(name), len(payload), reason, ordinal, count, epoch, seq) + name
+    head_crc = zlib.crc32(rest)
+    padding = _PADDING[(_CRCS.size + len(rest) + len(payload)) % ALIGN]
+    return _CRCS.pack(head_crc, zlib.crc32(payload, head_crc)) + rest + payload + padding
 
 
-def frame_bytes(entry: Entry) -> int:
-    """Return how long the frame of `entry` is."""
-    return -(-(HEAD_BYTES + len(entry.plugin.encode()) + len(entry.payload)) // _ALIGN) * _ALIGN
-
-
-def decode(data: bytes | memoryview, offset: int) -> Frame | None:
+def decode(data: bytes, offset: int) -> Frame | None:
     """Return the frame at `offset`; None where no head is whole there, or the data ends before it does."""
     if offset + HEAD_BYTES > len(data):
         return None
-    magic, kind, plugin_len, length, reason, head_crc, body_crc, *tail = _HEAD.unpack_from(data, offset)
+    head_crc, body_crc = _CRCS.unpack_from(data, offset)
+    magic, kind, name_len, length, reason, ordinal, count, epoch, seq = _REST.unpack_from(data, offset + _CRCS.size)
     if magic != MAGIC or not Kind.HEADER <= kind <= Kind.SUMMARY:
         return None
-    start = offset + HEAD_BYTES
-    plugin = bytes(data[start : start + plugin_len])
-    fields = (magic, kind, plugin_len, length, reason)
-    if head_crc != zlib.crc32(plugin, zlib.crc32(_HEAD.pack(*fields, 0, 0, *tail))):
+    name_at = offset + HEAD_BYTES
+    body_at = name_at + name_len
+    body_end = body_at + length
+    if body_end > len(data) or head_crc != zlib.crc32(data[offset + _CRCS.size : body_at]):
         return None
-    end = start + plugin_len + length
-    end += -end % _ALIGN
-    if end > len(data):
-        return None
-    ordinal, count, epoch, seq = tail
-    payload = bytes(data[start + plugin_len : start + plugin_len + length])
-    is_damaged = body_crc != zlib.crc32(payload, head_crc)
-    entry = Entry(plugin.decode("utf-8", "replace"), epoch, seq, b"" if is_damaged else payload, count, reason)
-    return Frame(Kind(kind), ordinal, entry, end, is_damaged)
+    payload = data[body_at:body_end]
+    is_damaged = length > 0 and body_crc != zlib.crc32(payload, head_crc)
+    name = data[name_at:body_at].decode("utf-8", "replace")
+    entry = Entry(name, epoch, seq, b"" if is_damaged else payload, count, reason)
+    return Frame(_KINDS[kind] or Kind.HEADER, ordinal, entry, offset, body_end + -body_end % ALIGN, is_damaged)
 
 
-def scan(data: bytes | memoryview, offset: int = 0) -> Iterator[Frame]:
+def scan(data: bytes, offset: int = 0) -> Iterator[Frame]:
     """Return every frame from `offset` on, in order, over whatever damage lies between them."""
-    view = bytes(data)
-    while offset + HEAD_BYTES <= len(view):
-        frame = decode(view, offset)
+    while offset + HEAD_BYTES <= len(data):
+        frame = decode(data, offset)
         if frame is not None:
             yield frame
             offset = frame.end
-            continue
-        offset = _next_magic(view, offset + _ALIGN)
+        else:
+            offset = _next_magic(data, offset + ALIGN)
 
 
 def _next_magic(data: bytes, offset: int) -> int:
+    """Return where, from `offset` on, the next frame may begin."""
+    at = offset + _CRCS.size
     while True:
-        offset = data.find(_MAGIC_BYTES, offset)
-        if offset < 0:
+        at = data.find(_MAGIC_BYTES, at)
+        if at < 0:
             return len(data)
-        if offset % _ALIGN == 0:
-            return offset
-        offset += 1
+        if at % ALIGN == 0:
+            return at - _CRCS.size
+        at += 1

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 import time
 from collections.abc import Callable, Iterable
@@ -73,6 +72,7 @@ class Courier(Supervised):
         self._parts = parts
         self._orders: socket.socket | None = None
         self._gone_wall_ns = clock.wall_ns()
+        self._is_deaf = False
         self._page = SharedPage("kon-link", linkreport.REPORT_BYTES)
         self._spool_page = SharedPage("kon-spool", spoolreport.REPORT_BYTES)
 
@@ -106,7 +106,8 @@ class Courier(Supervised):
         """Return the sender's latest word about its connection."""
         if self.child is None:
             return LinkReport(since_ns=self._gone_wall_ns, detail=self.last_exit or "the sender is not running")
-        return self._report()
+        report = self._report()
+        return report if report.alive_ns >= self.started_ns else LinkReport(since_ns=self._gone_wall_ns)
 
     def _report(self) -> LinkReport:
         data = self._page.reader.read()
@@ -131,10 +132,10 @@ class Courier(Supervised):
             return
         try:
             channel.send(self._orders, order, fds)
-        except OSError as err:  # gone, and about to be reaped; or deaf, which its silence will show
-            log.warning("the sender does not take its orders: %s", err)
-            if isinstance(err, BlockingIOError) and self.child is not None:
-                self.child.pidfd.send(signal.SIGKILL)  # an order lost is a ring lost: the next one hears of all
+        except BlockingIOError:
+            self._is_deaf = True
+        except OSError as err:  # gone, and about to be reaped: the next one hears of all rings
+            log.debug("the sender is gone: %s", err)
 
     def _spawn(self, now_ns: int) -> Child:
         ours, theirs = channel.pair()
@@ -191,12 +192,17 @@ class Courier(Supervised):
         except SpoolError as err:
             return -1, str(err)
 
+    def look(self, now_ns: int) -> None:
+        """Note its heartbeat; replace it where it does not take its orders: one lost could be a ring never read."""
+        if self._is_deaf:
+            self.kill("it does not take its orders", now_ns)
+        super().look(now_ns)
+
     def _ask_to_stop(self) -> None:
         self._order(Order("stop", timeout_s=float(self.config.shutdown_timeout)))
 
     def _heartbeat_ns(self) -> int:
-        alive_ns = self.report().alive_ns
-        return alive_ns if alive_ns >= self.started_ns else 0
+        return self.report().alive_ns
 
     def _patience_ns(self) -> int:
         return int((SILENCE_MAX_S if self._heartbeat_ns() else START_PATIENCE_S) * NS_PER_S)
@@ -207,6 +213,7 @@ class Courier(Supervised):
 
     def _on_gone(self) -> None:
         self._gone_wall_ns = clock.wall_ns()
+        self._is_deaf = False
         if self._orders is not None:
             self._orders.close()
             self._orders = None
