@@ -128,7 +128,7 @@ class Program:
         try:
             self.start()
         except BaseException:
-            self._clear()
+            self.clear()
             raise
         return self
 
@@ -139,9 +139,9 @@ class Program:
                     assert 0 == self.stop(), f"{self.name} did not end in order"
                 wait_for(self.is_gone, f"all processes of {self.name} have ended")
         finally:
-            self._clear()
+            self.clear()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
         """Kill what is left of it, and show its log: pytest prints that where the test has failed."""
         for pid in self._survivors():
             with contextlib.suppress(ProcessLookupError):
@@ -149,7 +149,8 @@ class Program:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-        print(f"── log of {self.name} ──\n{self.log()}")
+        if self.log_path.exists():
+            print(f"── log of {self.name} ──\n{self.log()}")
 
     def _survivors(self) -> Iterator[int]:
         """Yield its processes as far as the kernel shows us their files: to root, all of them."""

@@ -189,7 +189,6 @@ def test_nothing_to_report_is_life_without_a_ring(rig: Rig, act: Callable[[], It
     assert (2, 0, []) == (rig.observer.pulse().cycles, rig.rings(), rig.records())
 
 
-@pytest.mark.xfail(strict=True, reason="Worker._cycle forgets the doorbell where NoData follows the first record")
 def test_data_that_ends_early_is_delivered_all_the_same(rig: Rig) -> None:
     """A collector that yields and then finds no more has published what it has yielded."""
 
@@ -299,6 +298,14 @@ def test_sigterm_ends_it_after_the_cycle(rig: Rig) -> None:
     assert os.EX_OK == rig.run(two)
     assert 2 == len(rig.records())
     assert "stop" == Scripted.instances[0].calls[-1]
+
+
+def test_an_orphan_ends(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker whose supervisor has died without a signal notices at its next tick."""
+    parents = iter([41])
+    monkeypatch.setattr(os, "getppid", lambda: next(parents, 1))
+    assert os.EX_OK == rig.run(one)
+    assert ([], "stop") == (rig.records(), Scripted.instances[0].calls[-1])
 
 
 def test_a_full_doorbell_is_no_trouble(rig: Rig) -> None:

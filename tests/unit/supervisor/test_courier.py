@@ -201,13 +201,13 @@ def test_stopping_tells_how_long_it_may_deliver(sender: Sender) -> None:
     assert START_NS + int((3.0 + EXIT_GRACE_S) * NS_PER_S) == sender.courier.next_deadline_ns()
 
 
-@pytest.mark.xfail(strict=True, reason="the grace is computed once, from the first configuration")
-def test_a_reload_changes_the_grace_as_well(sender: Sender) -> None:
-    """A sender told to deliver for longer is not killed before that."""
-    sender.courier.config = sender.config(30.0)
+def test_another_configuration_is_another_sender(sender: Sender) -> None:
+    """The one that runs is ended, within the new configuration's grace, and its successor gets the new one."""
     sender.courier.spawn(START_NS)
-    sender.courier.stop(START_NS)
+    sender.courier.reconfigure(sender.config(30.0), START_NS)
     assert START_NS + int((30.0 + EXIT_GRACE_S) * NS_PER_S) == sender.courier.next_deadline_ns()
+    sender.courier.gone(ended(sender.courier.child), START_NS)
+    assert sender.courier.is_due(START_NS)
 
 
 def test_its_report_is_shown(sender: Sender) -> None:
