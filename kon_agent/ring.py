@@ -42,6 +42,7 @@ CONSUMER_BYTES = 4096  # one page
 MAX_RECORD_BYTES = 4096  # one page; a metric with ten long labels is some 600 bytes
 TORN_PATIENCE_NS = 1_000_000_000  # stores become visible within microseconds; a second is a broken producer
 LAST_WORDS_BYTES = 240
+READ_ATTEMPTS = 100  # a consumer commits a few times a second: a second collision in a row is already unheard of
 
 _RECORD = struct.Struct("=IIQ")
 _CRC_PREFIX = struct.Struct("=IQ")
@@ -164,12 +165,13 @@ class Producer:
         return True
 
     def _tail(self) -> int:
-        while True:
+        for _ in range(READ_ATTEMPTS):
             count = self._selector[0]
             offset = _SLOT_OFFSETS[count & 1]
             tail = int.from_bytes(self._consumer[offset : offset + 8], sys.byteorder)
             if self._selector[0] == count:  # else the slot may have been rewritten under our hands
                 return min(tail, self._head)
+        return self._head - self._size  # a consumer gone mad: take the ring for full
 
     def beat(self, now_ns: int, collect_ns: int, missed_ticks: int) -> None:
         """Say that a cycle has ended: when, how long it took, and how many ticks have been skipped so far."""
@@ -355,7 +357,7 @@ class Observer:
         """
         tally = _read_tally(self._consumer)
         dropped = tally.drops()
-        verdict = Verdict(self._consumer_words[2]) if self._consumer_words[2] <= max(Verdict) else Verdict.FAULTED
+        verdict = Verdict(min(self._consumer_words[2], Verdict.FAULTED))  # one read: it may change between two
         passed_full = dropped.get(Drop.RING_FULL, 0)
         full = max(passed_full, min(self._words[5], _PLAUSIBLE_MAX))
         produced = max(tally.next_seq, min(self._words[4], _PLAUSIBLE_MAX))
@@ -396,8 +398,9 @@ def _record_bytes(length: int) -> int:
 
 def _read_tally(consumer: memoryview) -> Tally:
     selector = consumer[:8].cast("Q")
-    while True:
+    for _ in range(READ_ATTEMPTS):
         count = selector[0]
         tail, next_seq, acked, spooled, *dropped = _SLOT.unpack_from(consumer, _SLOT_OFFSETS[count & 1])
         if selector[0] == count:  # the slot it names is rewritten only after the next commit is complete
-            return Tally(tail, next_seq, acked, spooled, dropped)
+            break
+    return Tally(tail, next_seq, acked, spooled, dropped)

@@ -26,6 +26,8 @@ from kon_agent.wire.encode import encode_record
 
 log = logging.getLogger(__name__)
 
+MAX_WAIT_MS = 3_600_000  # poll(2) takes an int of milliseconds: some 24 days; a period may be longer
+
 
 class Collector(Protocol):
     """What a plugin's class offers; `start` and `stop` are optional."""
@@ -77,8 +79,12 @@ class Worker:
         return os.EX_OK
 
     def _stops_before(self, due_ns: int) -> bool:
-        wait_ms = max(0, -((clock.now_ns() - due_ns) // 1_000_000))
-        return bool(self._wakeup.poll(wait_ms))
+        while True:
+            wait_ms = max(0, -((clock.now_ns() - due_ns) // 1_000_000))
+            if self._wakeup.poll(min(wait_ms, MAX_WAIT_MS)):
+                return True
+            if wait_ms <= MAX_WAIT_MS:
+                return False
 
     def _cycle(self) -> None:
         ts_ns = clock.wall_ns()

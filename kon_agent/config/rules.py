@@ -30,7 +30,7 @@ from kon_agent.config.units import format_duration, format_size
 MIN_RING_BYTES = 16 * 1024  # a few of the largest records
 MAX_RING_BYTES = 64 * 1024 * 1024  # memory that is pinned for as long as the plugin is enabled
 MIN_BATCH_BYTES = 8 * 1024  # the largest record (one page) and what frames it fit
-MAX_BATCH_BYTES = 1024 * 1024  # all that may be in flight at once
+MAX_BATCH_BYTES = 512 * 1024  # with its headers it must fit a frame of 1 MiB
 MAX_SOCKET_PATH_BYTES = 107  # sun_path holds 108 with its NUL (unix(7))
 
 Rule = Callable[[Any], str | None]

@@ -60,13 +60,15 @@ _SELF_OR_ZERO: Final = (
     "sched_setscheduler",
 )
 
-# The families a process with the network may use: AF_UNIX, AF_INET, AF_INET6, and AF_NETLINK, with which
-# getaddrinfo sorts addresses.
-_SOCKET_FAMILIES: Final = (1, 2, 10, 16)
+# The families a process with the network may use: AF_INET, AF_INET6, and AF_NETLINK, with which getaddrinfo sorts
+# addresses. Not AF_UNIX: the supervisor's control socket is one, and other services' are too.
+_SOCKET_FAMILIES: Final = (2, 10, 16)
 
 # Ways round the rule above, by second argument: signals sent on a descriptor's behalf (F_SETOWN, F_SETSIG,
 # F_SETOWN_EX, FIOSETOWN, SIOCSPGRP), keystrokes pushed into an inherited terminal (TIOCSTI, TIOCLINUX).
 _FORBIDDEN_COMMANDS: Final = {"fcntl": (8, 10, 15), "ioctl": (0x8901, 0x8902, 0x5412, 0x541C)}
+# And, for those without the network, ways to make a descriptor shared with others block them (F_SETFL, FIONBIO).
+_FORBIDDEN_TO_WORKERS: Final = {"fcntl": (4,), "ioctl": (0x5421,)}
 
 _CLONE_THREAD: Final = 0x00010000
 _X32_BIT: Final = 0x40000000  # the x32 calls of x86_64: the same machine code, other numbers
@@ -168,7 +170,8 @@ def build_filter(architecture: Architecture, own_pid: int, allow: frozenset[str]
     for name in _SELF_OR_ZERO:
         program += _when(numbers[name], _only(0, (0, own_pid)))
     for name, commands in _FORBIDDEN_COMMANDS.items():
-        program += _when(numbers[name], _never(1, commands))
+        shared = () if "socket" in allowed else _FORBIDDEN_TO_WORKERS[name]
+        program += _when(numbers[name], _never(1, (*commands, *shared)))
     if "socket" in allowed:
         program += _when(numbers["socket"], _only(0, _SOCKET_FAMILIES))
     # clone3 takes its flags by pointer, which no filter can follow; libc falls back to clone.

@@ -123,6 +123,10 @@ class Backlog:
         self._retry_at_ns = now_ns + int(RETRY_S * NS_PER_S)
         self.publish()
 
+    def is_resting(self, now_ns: int) -> bool:
+        """Whether the disk has refused and is not to be asked again yet."""
+        return now_ns < self._retry_at_ns
+
     def is_empty(self) -> bool:
         """Whether there is nothing to deliver."""
         return self._spool is None or (self._spool.is_empty() and not self._taken)

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 
 from kon_agent.errors import RingError
 from kon_agent.ring import Consumer, Drop, Tally, Verdict
+from kon_agent.wire.frames import MAX_BATCH_LOSSES
 
 log = logging.getLogger(__name__)
 
-MAX_LOSSES = 100  # of one portion: several lanes' share a batch, which may declare 1000
+MAX_LOSSES = 100  # of one portion: several lanes' share a batch
 
 
 @dataclass(slots=True)
@@ -225,8 +226,9 @@ def gather(lanes: Sequence[Lane], max_records: int, max_bytes: int, now_ns: int)
     A lane whose ring turns out to be nonsense is faulted and contributes nothing more.
     """
     portions: list[Portion] = []
+    losses = 0
     for lane in lanes:
-        if max_records <= 0 or max_bytes <= 0:
+        if max_records <= 0 or max_bytes <= 0 or losses >= MAX_BATCH_LOSSES - MAX_LOSSES:
             break
         try:
             portion = lane.take(max_records, max_bytes, now_ns)
@@ -236,6 +238,7 @@ def gather(lanes: Sequence[Lane], max_records: int, max_bytes: int, now_ns: int)
             continue
         if portion is not None:
             portions.append(portion)
+            losses += len(portion.losses)
             max_records -= portion.record_count
             max_bytes -= portion.bytes
     return portions

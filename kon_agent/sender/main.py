@@ -15,6 +15,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from kon_agent import channel, clock, logs
 from kon_agent.errors import KonError
@@ -81,11 +82,13 @@ class Sender:
         self._stopping = asyncio.Event()
         self._stop_timeout_s = 0.0
         self._is_orphan = False
+        self._failure: BaseException | None = None
         self._settled = asyncio.Event()
 
     async def run(self) -> int:
         """Serve the lanes until stopped; then deliver what can be and keep the rest."""
         loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._on_error)
         self._backlog.open(clock.wall_ns() / clock.NS_PER_S)
         loop.add_reader(self._spec.orders.fileno(), self._take_orders)
         loop.add_reader(self._spec.doorbell, self._on_doorbell)
@@ -93,6 +96,8 @@ class Sender:
         ticking = loop.create_task(self._tick())
         stopped = loop.create_task(self._stopping.wait())
         await asyncio.wait({connecting, ticking, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if self._failure is not None:
+            raise self._failure
         for task in (connecting, ticking):
             if task.done():
                 task.result()  # neither ends by itself: raise what ended it
@@ -101,6 +106,11 @@ class Sender:
             task.cancel()
         self._connector.end("the agent stops")
         return os.EX_OK
+
+    def _on_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """An exception in a callback: crash rather than limp; a successor finds everything in the rings."""
+        self._failure = context.get("exception") or RuntimeError(context["message"])
+        self._stopping.set()
 
     # Ending.
 
@@ -166,6 +176,8 @@ class Sender:
             self._connector.tick(now_ns, min((batch.sent_ns for batch in self._in_flight.values()), default=None))
             if self._is_offline(now_ns):
                 self._shelve(self._lanes.values())
+            elif self._flush is None and any(lane.unread_bytes() for lane in self._lanes.values()):
+                self._pump()  # a doorbell that was not heard, or a record that was not visible yet
             self._backlog.show(self._connector.is_connected)
 
     def _is_offline(self, now_ns: int) -> bool:
@@ -174,7 +186,10 @@ class Sender:
     # The records.
 
     def _on_doorbell(self) -> None:
-        os.eventfd_read(self._spec.doorbell)
+        try:
+            os.eventfd_read(self._spec.doorbell)
+        except BlockingIOError:  # a worker can read its doorbell too; what it has published is found all the same
+            log.debug("somebody else answered the doorbell")
         crowded = [lane for number, lane in self._lanes.items() if lane.used_bytes() * 2 > self._sizes[number]]
         if crowded:
             self._shelve(crowded)
@@ -186,6 +201,8 @@ class Sender:
     def _shelve(self, lanes: Iterable[Lane]) -> None:
         """Move everything in `lanes` to the spool; what of it was in flight may arrive twice, and is refused then."""
         for lane in list(lanes):
+            if self._backlog.is_resting(clock.now_ns()):
+                break  # before any rewind: what is in flight would never be answered
             lane.rewind()
             while portions := gather([lane], SHELVE_RECORDS, SHELVE_BYTES, clock.now_ns()):
                 if not self._backlog.keep(portions, clock.now_ns(), clock.wall_ns() / clock.NS_PER_S):

@@ -7,6 +7,7 @@ drop. Small enough to be replaced in tests by a disk that tears writes, fills up
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from dataclasses import dataclass
@@ -177,3 +178,13 @@ def on_disk(size_bytes: int) -> int:
     """Return what a file of `size_bytes` takes on disk, at most."""
     blocks = -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES
     return blocks + BLOCK_BYTES if size_bytes > EXTENTS_FROM_BYTES else blocks
+
+
+def in_words(err: OSError) -> str:
+    """Return what failed and what to do about it, for the operator."""
+    advice = {
+        errno.ENOSPC: "; free some space, or lower cache.max_size",
+        errno.EROFS: "; it may have been remounted after an error, see the kernel's log",
+        errno.EIO: "; the disk may be failing, see the kernel's log",
+    }
+    return f"{err.strerror or type(err).__name__}{advice.get(err.errno or 0, '')}"

@@ -112,7 +112,7 @@ def encode(kind: Kind, ordinal: int, entry: Entry) -> bytes:
     rest = _REST.pack(MAGIC, kind, len(name), len(payload), reason, ordinal, count, epoch, seq) + name
     head_crc = zlib.crc32(rest)
     padding = _PADDING[(_CRCS.size + len(rest) + len(payload)) % ALIGN]
-    return _CRCS.pack(head_crc, zlib.crc32(payload, head_crc)) + rest + payload + padding
+    return b"".join((_CRCS.pack(head_crc, zlib.crc32(payload, head_crc)), rest, payload, padding))
 
 
 def decode(data: bytes, offset: int) -> Frame | None:

@@ -1,6 +1,6 @@
 """The spool: a log of segments, appended to while nobody can be reached, read from its oldest end when somebody can.
 
-Owns the segments' order, the quota, and what is in flight. Time is an argument, the disk a `disk.Disk`.
+Owns the quota, the age limit and what is in flight. Time is an argument, the disk a `disk.Disk`.
 
 Invariants:
 * `store` returns only when every entry is durable; what it could not make durable is still the caller's, all of it.
@@ -15,32 +15,34 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 from kon_agent.errors import SpoolError
-from kon_agent.spool import lock, segment, survey
-from kon_agent.spool.disk import BLOCK_BYTES, NAME_BYTES, Disk, on_disk
+from kon_agent.spool import segment, survey
+from kon_agent.spool.disk import BLOCK_BYTES, NAME_BYTES, Disk, in_words, on_disk
 from kon_agent.spool.frame import HEAD_BYTES, Entry
+from kon_agent.spool.inventory import Inventory, raise_to
 from kon_agent.spool.limits import MIN_BYTES, Limits
 from kon_agent.spool.portion import Portion, cut
 from kon_agent.spool.reader import Chunk, Reader, records_before
 from kon_agent.spool.segment import MAX_INDEX_BYTES, Contents, Reason, Segment, Stream
 from kon_agent.spool.writer import Writer
 
-__all__ = ["Chunk", "Reason", "Spool"]
+__all__ = ["Chunk", "Limits", "Reason", "Spool"]
 
 log = logging.getLogger(__name__)
 
-# A new segment's header, which repeats the one before, and its own summary
+# A new segment's header, which repeats the index of the one before, and its own summary
 OVERHEAD_BYTES = on_disk(2 * (HEAD_BYTES + MAX_INDEX_BYTES)) + BLOCK_BYTES
 # Kept free so that what remains of a segment can be declared lost before it is removed
 RESERVE_BYTES = OVERHEAD_BYTES + on_disk(MAX_INDEX_BYTES)
 STATE_BYTES = on_disk(HEAD_BYTES + MAX_INDEX_BYTES)
-MAX_CARRIED_BYTES = MAX_INDEX_BYTES // 4  # of losses handed on from segment to segment: they must not fill the spool
+MAX_CARRIED = 64  # losses handed on from segment to segment: they must not fill the spool
 MAX_EXPIRED_AT_ONCE = 4  # segments removed for their age by one `store`: each costs a sync
-MAX_EVICTED_AT_ONCE = 1024  # segments evicted by one `store`; so many are only ever removed where the quota shrank
+MAX_EVICTED_AT_ONCE = 1024  # by one `store`: a quota of 1 GiB can be halved at a start
 CLOCK_SET_S = 1_577_836_800.0  # 2020: a clock that shows less has not been set since the machine was switched on
+MAX_FIRST_NUMBER = 10**11  # a tenth of what a file's name can say, and the year 5138
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})  # another file would fare no better
 
 
@@ -54,24 +56,22 @@ class Spool:
     Attributes:
         pending: records held by plugin, those in flight included.
         dropped: records declared lost by plugin and `Reason`, since this object was made.
-        undeclared: losses that could only be counted, for there were too many to be declared one by one.
+        undeclared: losses that could only be counted: there were too many to be declared one by one.
     """
 
     def __init__(self, disk: Disk, limits: Limits) -> None:
-        self.pending: Counter[str] = Counter()
-        self.dropped: Counter[tuple[str, int]] = Counter()
-        self.undeclared = 0
         self._disk = disk
         self._limits = limits
-        self._segments: dict[int, Segment] = {}  # in order; the one being written is not among them
+        self._inventory = Inventory(disk)
         self._writer = Writer(disk)
         self._reader = Reader(disk)
         self._in_flight: deque[Chunk] = deque()
         self._read_up_to = 0  # number of the last segment read to its end
         self._next_number = 1
-        self._litter: dict[str, int] = {}  # files that could not be removed, and what they take on disk
         self._state_bytes = 0
-        self._unsafe: set[int] = set()  # segments a predecessor wrote of which we cannot tell whether they are durable
+        self.pending = self._inventory.pending
+        self.dropped = self._inventory.dropped
+        self.undeclared = 0
 
     # Opening and closing.
 
@@ -83,15 +83,15 @@ class Spool:
         """
         found = survey.survey(self._disk)
         self._state_bytes = found.state_bytes
-        # Not below the clock, so that no number is used twice although a folder once emptied has forgotten its last.
-        self._next_number = max(found.taken + 1, int(now_s))
+        # Not below the clock: a folder once emptied has forgotten its last number, and none may be used twice.
+        self._next_number = max(found.taken + 1, min(int(now_s), MAX_FIRST_NUMBER))
         for known in found.segments:
-            self._segments[known.number] = known
-            self.pending += known.contents.counts() if known.contents else Counter()
+            self._inventory.add(known)
+            self._inventory.count(known.contents)
             if not known.is_exact:
                 self._harden(known)
         for name in found.empty:
-            self._remove(name, 0)
+            self._inventory.remove(name, 0)
         self._expire(now_s)
         with contextlib.suppress(OSError, SpoolError):  # the quota may have shrunk; `store` will say what is wrong
             self._make_room(0, now_s)
@@ -100,35 +100,53 @@ class Spool:
         try:
             self._disk.harden(segment.name_of(known.number))
         except OSError as err:
-            log.error("segment %d may not be durable: %s", known.number, _in_words(err))
-            self._unsafe.add(known.number)
+            log.error("segment %d may not be durable: %s", known.number, in_words(err))
+            known.is_durable = False
 
-    def resume(self, number: int, offset: int) -> None:
-        """Go on where a predecessor has come to: segment `number` is acknowledged up to position `offset`."""
+    def resume(self, number: int, position: int) -> None:
+        """Go on where a predecessor has come to: segment `number` is acknowledged up to `position`, a chunk's end."""
         self._next_number = max(self._next_number, number + 1)
-        known = self._segments.get(number)
-        if known is None:
+        for known in self._inventory:
+            if known.number < number and not known.disk_bytes:  # not vanished: acknowledged
+                self._inventory.settle_all(known)
+                self._inventory.forget(known)
+        known = self._inventory.get(number)
+        if known is None or known.contents is None:
             return
-        if offset > known.size:
-            for (plugin, _), ranges in known.remaining().items():
-                self.pending[plugin] -= ranges.count
-            self._forget(known)
+        if known.fate is not None and position > known.size:
+            self._inventory.settle_all(known)
+            self._inventory.forget(known)
             return
         try:
-            data = self._disk.read(segment.name_of(number), 0, offset)
-        except OSError as err:
-            log.error("segment %d cannot be read: %s; what it held is sent again", number, _in_words(err))
+            if position >= known.size:
+                self._resume_at_end(known, position - known.size)
+                return
+            data = self._disk.read(segment.name_of(number), 0, position)
+        except (OSError, SpoolError) as err:
+            log.error("segment %d cannot be read: %s; what it held is sent again", number, err)
             return
-        self._settle(known, records_before(data, known))
-        known.acked_offset = offset
+        self._inventory.acknowledge(known, records_before(data, known))
+        known.acked_offset = position
+
+    def _resume_at_end(self, known: Segment, told: int) -> None:
+        """Every record that can be read is acknowledged, and so are `told` of the losses behind them."""
+        self._reader.load(known)
+        carried, lost = self._reader.losses()
+        self._reader.reset()
+        left = lost[max(0, told - len(carried)) :]
+        self._inventory.settle_all(known, left)
+        known.acked_offset = known.size
+        if told >= len(carried) and not left:
+            self._inventory.forget(known)
 
     def close(self) -> None:
         """Finish the segment being written and note what it holds; losing this costs exactness, not records."""
         self._roll()
-        self._sweep()
-        if not self._segments:
+        self._inventory.sweep()
+        newest = self._inventory.newest()
+        if newest is None:
             return
-        data = survey.state_frame(next(reversed(self._segments.values())))
+        data = survey.state_frame(newest)
         try:
             if survey.STATE in self._disk.names():
                 self._disk.unlink(survey.STATE)
@@ -140,7 +158,7 @@ class Spool:
             finally:
                 self._disk.close(fd)
         except OSError as err:
-            log.warning("the spool could not be closed in order: %s", _in_words(err))
+            log.warning("the spool could not be closed in order: %s", in_words(err))
 
     # Writing.
 
@@ -150,34 +168,32 @@ class Spool:
         Raises:
             SpoolError: none of them is kept; why, in words for the operator.
         """
-        if self._limits.max_bytes < MIN_BYTES:
-            raise SpoolError(
-                f"cache.max_size {self._limits.max_bytes} is too small; make it at least {MIN_BYTES} bytes"
-            )
-        portions = cut(entries, self._limits.segment_bytes)
+        limits = self._limits
+        if limits.max_bytes < MIN_BYTES:
+            raise SpoolError(f"cache.max_size {limits.max_bytes} is too small; make it {MIN_BYTES} bytes or more")
+        portions = cut(entries, limits.segment_bytes)
         self._expire(now_s)
         try:
             self._store(portions, now_s)
         except OSError as first:
             if first.errno in _NO_ROOM:
-                raise SpoolError(_in_words(first)) from first
-            log.error("the spool goes on in a new segment: %s", _in_words(first))
+                raise SpoolError(in_words(first)) from first
+            log.error("the spool goes on in a new segment: %s", in_words(first))
             try:
                 self._store(portions, now_s)
             except OSError as err:
-                raise SpoolError(_in_words(err)) from err
+                raise SpoolError(in_words(err)) from err
 
     def _store(self, portions: Sequence[Portion], now_s: float) -> None:
-        self._sweep()
-        self._give_up_expired(now_s)
+        self._inventory.sweep()
         need = sum(on_disk(portion.size) + OVERHEAD_BYTES for portion in portions)
         if self._disk.free_bytes() - need < self._limits.min_free_bytes:
-            raise OSError(errno.ENOSPC, f"less than cache.min_free ({self._limits.min_free_bytes} bytes) would be left")
+            raise SpoolError(f"less than cache.min_free ({self._limits.min_free_bytes} bytes) is left; free some space")
+        self._give_up_condemned(now_s)
         self._make_room(need, now_s)
-        before = self._writer.segment
+        before, first_new = self._writer.segment, self._next_number
         held = before.contents.copy() if before and before.contents and len(portions) > 1 else None
         size = before.size if before else 0
-        first_new = self._next_number
         try:
             for portion in portions:
                 self._append(portion, now_s)
@@ -188,58 +204,52 @@ class Spool:
     def _append(self, portion: Portion, now_s: float) -> None:
         """Write `portion` to the segment being written, or to a new one where it does not fit."""
         try:
-            if self._writer.segment and not self._writer.fits(*portion[1:], self._limits.segment_bytes):
+            if not self._writer.fits(portion, self._limits.segment_bytes):
                 self._roll()
-            if self._writer.segment is None:
-                self._begin(now_s)
-            self.pending += self._writer.append(portion.entries, now_s)
+                number, self._next_number = self._next_number, self._next_number + 1
+                self._writer.begin(number, self._inventory.newest(), now_s)
+            self.pending.update(self._writer.append(portion.entries, now_s))
         except OSError:
             self._keep(self._writer.segment, self._writer.abandon())
             raise
 
-    def _begin(self, now_s: float) -> None:
-        number, self._next_number = self._next_number, self._next_number + 1
-        try:
-            self._writer.begin(number, next(reversed(self._segments.values()), None), now_s)
-        except OSError:
-            if self._writer.segment is None:
-                self._litter[segment.name_of(number)] = 0  # the file may be there, empty
-            raise
-
     def _undo(self, before: Segment | None, held: Contents | None, size: int, first_new: int) -> None:
         """Take back the portions of a `store` that failed at a later one."""
-        if before is not None and before.contents is not None and held is not None:
-            self.pending -= before.contents.counts() - held.counts()
+        if before is not None and held is not None:
+            self._inventory.uncount(before.contents)
+            self._inventory.count(held)
             before.contents, before.size, before.checksum = held, size, None
-        for known in [known for known in self._segments.values() if known.number >= first_new]:
-            self.pending -= known.contents.counts() if known.contents else Counter()
-            self._forget(known)
+        for known in self._inventory:
+            if known.number >= first_new:
+                self._inventory.uncount(known.contents)
+                self._inventory.forget(known)
 
     def _roll(self) -> None:
-        """Finish the segment being written."""
+        """Finish the segment being written, if there is one."""
         if self._writer.segment is not None:
             self._keep(self._writer.segment, self._writer.finish())
 
     def _keep(self, written: Segment | None, kept: Segment | None) -> None:
         """Enter a segment that is no longer written, or remove its file where nothing of it was confirmed."""
         if kept is not None:
-            self._segments[kept.number] = kept
+            self._inventory.add(kept)
         elif written is not None:
-            self._remove(segment.name_of(written.number), written.disk_bytes)
+            self._inventory.remove(segment.name_of(written.number), written.disk_bytes)
 
     # Making room.
 
     def bytes_on_disk(self) -> int:
         """Return what the spool's files take on disk at most, as `du` counts them."""
-        active = self._writer.segment.disk_bytes if self._writer.segment else 0
-        files = sum(known.disk_bytes for known in self._segments.values())
-        return files + active + sum(self._litter.values()) + self._state_bytes
+        return self._segment_bytes() + self._state_bytes
 
-    def _budget(self) -> int:
-        """Return how much of the quota segments may take: not the folder, its lock, the state file, the reserve."""
-        folder = on_disk(BLOCK_BYTES + NAME_BYTES * (len(self._segments) + len(self._litter)))
-        fixed = folder + BLOCK_BYTES + max(STATE_BYTES, self._state_bytes) + RESERVE_BYTES
-        return self._limits.max_bytes - fixed + self._state_bytes
+    def _segment_bytes(self) -> int:
+        active = self._writer.segment.disk_bytes if self._writer.segment else 0
+        return self._inventory.disk_bytes() + active
+
+    def _quota(self) -> int:
+        """Return how much of `max_bytes` segments may take: not the folder itself, its lock, the state file."""
+        folder = on_disk(BLOCK_BYTES + NAME_BYTES * self._inventory.name_count())
+        return self._limits.max_bytes - folder - BLOCK_BYTES - STATE_BYTES
 
     def _make_room(self, need: int, now_s: float) -> None:
         """Evict the oldest segments until `need` more bytes fit.
@@ -248,12 +258,12 @@ class Spool:
             SpoolError: they cannot be made to.
             OSError: the losses cannot be written.
         """
-        if need > self._budget():
+        if need + RESERVE_BYTES > self._quota():
             raise SpoolError(f"cache.max_size {self._limits.max_bytes} has no room for {need} bytes at once; raise it")
         for _ in range(MAX_EVICTED_AT_ONCE):
-            if self.bytes_on_disk() + need <= self._budget():
+            if self._segment_bytes() + need + RESERVE_BYTES <= self._quota():
                 return
-            victim = next((k for k in self._segments.values() if k.disk_bytes and not self._is_in_flight(k)), None)
+            victim = next((known for known in self._inventory if not self._is_in_flight(known)), None)
             if victim is not None:
                 self._give_up(victim, victim.fate or Reason.EVICTED, now_s)
             elif self._writer.segment is not None:
@@ -264,7 +274,7 @@ class Spool:
 
     def _expire(self, now_s: float) -> None:
         """Condemn what is too old. A clock set back makes nothing older, and nothing condemned young again."""
-        for known in self._segments.values():
+        for known in self._inventory:
             if known.written_s < CLOCK_SET_S <= now_s:
                 known.written_s = now_s  # its age is not known: it is counted from here
             is_old = now_s - known.written_s > self._limits.max_age_s
@@ -272,10 +282,10 @@ class Spool:
                 known.fate = Reason.EXPIRED
                 self._stop_reading(known)
 
-    def _give_up_expired(self, now_s: float) -> None:
-        expired = [k for k in self._segments.values() if k.fate is Reason.EXPIRED and not self._is_in_flight(k)]
-        for known in expired[:MAX_EXPIRED_AT_ONCE]:
-            self._give_up(known, Reason.EXPIRED, now_s)
+    def _give_up_condemned(self, now_s: float) -> None:
+        condemned = [known for known in self._inventory if known.fate and not self._is_in_flight(known)]
+        for known in condemned[:MAX_EXPIRED_AT_ONCE]:
+            self._give_up(known, known.fate or Reason.EXPIRED, now_s)
 
     def _is_in_flight(self, known: Segment) -> bool:
         """Whether something of it has been read and not acknowledged: it may be on its way to the store."""
@@ -285,61 +295,30 @@ class Spool:
         """Declare lost what remains of a segment, durably; then remove it."""
         lost = known.as_losses(reason)
         carried = segment.merged(known.contents.losses) if known.contents else []
-        most = MAX_CARRIED_BYTES // segment.loss_bytes("")
-        declared = segment.merged([*carried[-most:], *lost])
-        fitting = MAX_INDEX_BYTES // max((segment.loss_bytes(entry.plugin) for entry in declared), default=1)
-        if len(carried) > most or len(declared) > fitting:
-            excess = [*carried[:-most], *declared[fitting:]]
+        declared = segment.merged([*carried[:MAX_CARRIED], *lost])
+        portions = cut(declared, self._limits.segment_bytes)
+        if portions and self._has_room_for(portions[0]):
+            self._append(portions[0], now_s)
+            portions = portions[1:]
+        excess = [*carried[MAX_CARRIED:], *(entry for portion in portions for entry in portion.entries)]
+        if excess:
             self.undeclared += sum(entry.count for entry in excess)
             log.warning("%d ranges of lost records are too many to be declared, and only counted", len(excess))
-        for portion in cut(declared[:fitting], self._limits.segment_bytes):
-            self._append(portion, now_s)
-        self._note_lost(known, lost)
+        self._inventory.lose(known, lost)
         self._stop_reading(known)
-        self._forget(known)
+        self._inventory.forget(known)
 
-    def _note_lost(self, known: Segment, lost: Iterable[Entry]) -> None:
-        for entry in lost:
-            count = known.settle((entry.plugin, entry.epoch), entry.seq, entry.last)
-            self.pending[entry.plugin] -= count
-            self.dropped[entry.plugin, entry.reason] += count
-
-    def _settle(self, known: Segment, entries: Iterable[Entry]) -> None:
-        for stream, first, last in segment.runs(entries):
-            self.pending[stream[0]] -= known.settle(stream, first, last)
-
-    def _stop_reading(self, known: Segment) -> None:
-        if self._reader.segment is known:
-            self._reader.reset()
-
-    def _forget(self, known: Segment) -> None:
-        del self._segments[known.number]
-        self._unsafe.discard(known.number)
-        if known.disk_bytes or known.size:
-            self._remove(segment.name_of(known.number), known.disk_bytes)
-
-    def _remove(self, name: str, disk_bytes: int) -> None:
-        try:
-            self._disk.unlink(name)
-        except FileNotFoundError:
-            self._litter.pop(name, None)
-        except OSError as err:
-            if name not in self._litter:
-                log.error("the spool's file %s cannot be removed: %s", name, _in_words(err))
-            self._litter[name] = disk_bytes
-        else:
-            self._litter.pop(name, None)
-
-    def _sweep(self) -> None:
-        """Try again to remove what could not be removed."""
-        for name, disk_bytes in list(self._litter.items()):
-            self._remove(name, disk_bytes)
+    def _has_room_for(self, losses: Portion) -> bool:
+        """Whether the reserve takes them; it does unless segments are tiny. Above a quota that shrank, all is room."""
+        overhead = 0 if self._writer.fits(losses, self._limits.segment_bytes) else OVERHEAD_BYTES
+        after = self._segment_bytes() + on_disk(losses.size) + overhead
+        return after <= self._quota() or self._segment_bytes() > self._quota()
 
     # Reading.
 
     def is_empty(self) -> bool:
         """Whether there is nothing to deliver, nor in flight."""
-        return not self._segments and self._writer.segment is None
+        return not self._inventory and self._writer.segment is None
 
     def read(self, max_records: int, max_bytes: int) -> Chunk | None:
         """Return the next entries, from the oldest on; None where everything has been read.
@@ -354,7 +333,10 @@ class Spool:
         if known is None:
             return None
         if self._reader.segment is not known:
-            self._load(known)
+            was_unknown = known.contents is None
+            self._reader.load(known)
+            if was_unknown:
+                self._inventory.count(known.contents)
         chunk = self._reader.take(max_records, max_bytes)
         if chunk.is_last:
             self._read_up_to = known.number
@@ -365,69 +347,49 @@ class Spool:
         current = self._reader.segment
         if current is not None and current.number > self._read_up_to:
             return current
-        for number, known in self._segments.items():
-            if number > self._read_up_to:
-                return known
-        if self._writer.segment is None:
-            return None
-        self._roll()
-        return self._next_to_read()
+        known = self._inventory.first_after(self._read_up_to)
+        if known is None and self._writer.segment is not None:
+            self._roll()
+            known = self._inventory.first_after(self._read_up_to)
+        return known
 
-    def _load(self, known: Segment) -> None:
-        was_unknown = known.contents is None
-        self._reader.load(known)
-        if was_unknown and known.contents is not None:
-            self.pending += known.contents.counts()
+    def _stop_reading(self, known: Segment) -> None:
+        if self._reader.segment is known:
+            self._reader.reset()
 
     def acknowledge(self, chunk: Chunk) -> None:
         """The server has everything in `chunk`, and in the chunks read before it."""
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError):  # rewound meanwhile
             self._in_flight.remove(chunk)
-        known = self._segments.get(chunk.number)
+        known = self._inventory.get(chunk.number)
         if known is None:
             return
-        self._settle(known, chunk.entries)
-        self._note_lost(known, chunk.lost)
+        self._inventory.acknowledge(known, chunk.entries)
+        self._inventory.lose(known, chunk.lost)
         known.acked_offset = max(known.acked_offset, min(chunk.end, known.size))
         if chunk.is_last:
             self._stop_reading(known)
-            self._forget(known)
+            self._inventory.forget(known)
 
-    def rewind(self, unacknowledged: Iterable[Chunk]) -> None:
-        """Forget what was read and not acknowledged: it will be read again."""
-        del unacknowledged  # what is in flight is known here
+    def rewind(self, unacknowledged: Iterable[Chunk] = ()) -> None:
+        """Forget what was read and not acknowledged, which is all in flight: it will be read again."""
         self._in_flight.clear()
         self._reader.reset()
         self._read_up_to = 0
 
     def highest(self) -> dict[Stream, int]:
         """Return the highest sequence number of each stream that is durable."""
-        found: dict[Stream, int] = {}
-        active = (self._writer.segment,) if self._writer.segment else ()
-        for known in (*self._segments.values(), *active):
-            if known.contents is None or known.number in self._unsafe:
-                continue
-            for stream, ranges in known.contents.records.items():
-                found[stream] = max(found.get(stream, -1), ranges.highest)
+        found = self._inventory.highest()
+        if self._writer.segment is not None and self._writer.segment.contents is not None:
+            raise_to(found, self._writer.segment.contents)
         return found
 
     def segment_count(self) -> int:
         """Return how many files there are."""
-        return sum(known.disk_bytes > 0 for known in self._segments.values()) + (self._writer.segment is not None)
+        return self._inventory.file_count() + (self._writer.segment is not None)
 
     def oldest_s(self) -> float | None:
         """Return when the oldest segment was last written, wall time in seconds; None where there is none."""
-        written = (known.written_s for known in self._segments.values() if known.disk_bytes)
+        oldest = self._inventory.oldest_s()
         active = self._writer.segment.written_s if self._writer.segment else None
-        return next(written, active)
-
-
-def _in_words(err: OSError) -> str:
-    if err.errno == errno.ENOSPC and "cache.min_free" in str(err):
-        return f"{err.args[1]}; free some space"
-    advice = {
-        errno.ENOSPC: "; free some space, or lower cache.max_size",
-        errno.EROFS: "; it may have been remounted after an error, see the kernel's log",
-        errno.EIO: "; the disk may be failing, see the kernel's log",
-    }
-    return f"{err.strerror or type(err).__name__}{advice.get(err.errno or 0, '')}"
+        return active if oldest is None else oldest

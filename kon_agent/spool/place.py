@@ -7,7 +7,6 @@ last component is never followed if it is a link, and a folder that is somebody 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import stat
 
@@ -58,23 +57,5 @@ def _hand_over(fd: int, uid: int, gid: int) -> None:
         os.fchown(fd, uid, gid)
     for name in os.listdir(fd):
         info = os.stat(name, dir_fd=fd, follow_symlinks=False)
-        if stat.S_ISREG(info.st_mode) and info.st_uid != uid:
+        if stat.S_ISREG(info.st_mode) and info.st_uid != uid and info.st_nlink == 1:  # not somebody's hard link
             os.chown(name, uid, gid, dir_fd=fd, follow_symlinks=False)
-
-
-def holder(folder_fd: int) -> int | None:
-    """Return the pid of the process that uses the spool; None where nobody does. 0: it is not known which."""
-    try:
-        fd = os.open("lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=folder_fd)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        text = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
-        return int(text) if text.isdigit() else 0
-    except OSError:
-        return None
-    finally:
-        os.close(fd)
-    return None

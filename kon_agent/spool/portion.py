@@ -37,10 +37,10 @@ def cut(entries: Sequence[Entry], segment_bytes: int) -> list[Portion]:
     begin = size = index = 0
     following: dict[Stream, int] = {}
     for at, entry in enumerate(entries):
-        plugin, seq = entry.plugin, entry.seq
+        plugin, seq, payload_bytes = entry.plugin, entry.seq, len(entry.payload)
         stream = (plugin, entry.epoch)
-        is_next = not entry.reason and following.get(stream) == seq
-        length = HEAD_BYTES + len(plugin) * 4 + len(entry.payload) + ALIGN
+        is_next = following.get(stream) == seq and not entry.reason and payload_bytes <= MAX_PAYLOAD_BYTES
+        length = HEAD_BYTES + len(plugin) * 4 + payload_bytes + ALIGN  # four bytes a character at most
         cost = 0 if is_next else _checked(entry)
         if at > begin and (size + length > limit or index + cost > MAX_INDEX_BYTES):
             portions.append(Portion(entries[begin:at], size, index))

@@ -2,14 +2,14 @@
 
 Invariants:
 * Only what was stored and is whole is delivered; what should be there and is not becomes a loss, told at the end.
-* A position is the offset of the next frame; one behind the file's size, everything, losses too, has been told.
+* A position is the offset of the next frame; the file's size and behind it, that plus how many of the losses at its end
+  have been told, so that a successor can go on from it. Behind the size of a condemned segment, all has been told.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -59,6 +59,7 @@ class Reader:
         self._entries: Iterator[tuple[Entry, int]] = iter(())
         self._ahead: tuple[Entry, int] | None = None
         self._offset = 0
+        self._told = 0
         self._lost: list[Entry] = []
         self._carried: list[Entry] = []
         self._failures: tuple[int, int] = (0, 0)  # segment, and how often in a row it could not be read
@@ -84,11 +85,11 @@ class Reader:
             self._lost = known.as_losses(known.fate)
         else:
             self._load(known)
-        self.segment, self._offset = known, known.acked_offset
+        self.segment, self._offset, self._told = known, known.acked_offset, 0
 
     def _load(self, known: Segment) -> None:
         data = self._read(known)
-        if _is_untouched(known, data):
+        if known.is_untouched(data):
             self._entries = _entries(data, known, is_sifted=False)
         else:
             if known.contents is None:
@@ -149,7 +150,17 @@ class Reader:
             carried, self._carried = self._carried[:room], self._carried[room:]
             lost, self._lost = self._lost[: room - len(carried)], self._lost[room - len(carried) :]
             entries += carried + lost
-        return Chunk(entries, known.number, known.size + 1 if self.is_done else self._offset, self.is_done, lost)
+            self._told += len(carried) + len(lost)
+        return Chunk(entries, known.number, self._position(known), self.is_done, lost)
+
+    def _position(self, known: Segment) -> int:
+        if known.fate is not None:
+            return known.size + 1 if self.is_done else self._offset
+        return self._offset if self._ahead is not None else known.size + self._told
+
+    def losses(self) -> tuple[list[Entry], list[Entry]]:
+        """Return what is to be told at the segment's end: losses it carried, and its own damaged records."""
+        return self._carried, self._lost
 
 
 def records_before(data: bytes, known: Segment) -> list[Entry]:
@@ -163,10 +174,3 @@ def _entries(data: bytes, known: Segment, is_sifted: bool) -> Iterator[tuple[Ent
     for frame in scan(data, known.acked_offset):
         if frame.is_entry and (not is_sifted or contents is None or contents.has(frame.entry)):
             yield frame.entry, frame.end
-
-
-def _is_untouched(known: Segment, data: bytes) -> bool:
-    """Whether every byte is as it was written, but for the summary itself, which was believed already."""
-    if known.checksum is None or len(data) != known.size:
-        return False
-    return zlib.crc32(memoryview(data)[: known.body_size]) == known.checksum

@@ -10,8 +10,9 @@ losses that remain of it fit another segment.
 from __future__ import annotations
 
 import enum
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -101,6 +102,21 @@ class Contents:
         """Return the same contents, to be changed apart from these."""
         return Contents({stream: RangeSet(ranges) for stream, ranges in self.records.items()}, list(self.losses))
 
+    def without(self, gone: Mapping[Stream, RangeSet]) -> Contents:
+        """Return the contents but for `gone`."""
+        rest = self.copy()
+        for stream, ranges in gone.items():
+            for first, last in ranges if stream in rest.records else ():
+                rest.records[stream].remove(first, last)
+        rest.records = {stream: ranges for stream, ranges in rest.records.items() if ranges.count}
+        nothing = RangeSet()
+        rest.losses = [
+            entry
+            for entry in rest.losses
+            if gone.get((entry.plugin, entry.epoch), nothing).absent(entry.seq, entry.last)
+        ]
+        return rest
+
     @property
     def index_bytes(self) -> int:
         """How long the summary is at most, and the frames of what remains of this if all of it is lost."""
@@ -119,6 +135,7 @@ class Segment:
         written_s: when it was last written, wall time in seconds.
         contents: what it should hold; None where that could not be read.
         is_exact: whether `contents` comes from who wrote it, not from what could be found in the file.
+        is_durable: whether it is certain that the file is on disk, not in memory alone.
         checksum: CRC of the first `body_size` bytes, all before the summary; None where there is no summary.
         fate: why it will not be delivered; None: it will be.
         damaged: records that turned out not to be readable, as losses.
@@ -132,12 +149,19 @@ class Segment:
     written_s: float
     contents: Contents | None
     is_exact: bool = True
+    is_durable: bool = True
     checksum: int | None = None
     body_size: int = 0
     fate: Reason | None = None
     damaged: list[Entry] = field(default_factory=list)
     acked: dict[Stream, RangeSet] = field(default_factory=dict)
     acked_offset: int = 0
+
+    def is_untouched(self, data: bytes) -> bool:
+        """Whether `data` is the file as it was written, but for its summary, which is not covered by the checksum."""
+        if self.checksum is None or len(data) != self.size:
+            return False
+        return zlib.crc32(memoryview(data)[: self.body_size]) == self.checksum
 
     def settle(self, stream: Stream, first: int, last: int) -> int:
         """Note that nothing is owed any more of these records; return of how many that is news."""

@@ -8,14 +8,14 @@ nothing came after). Foreign files are passed over, and nothing a file holds or 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections import deque
 from dataclasses import dataclass, field
 
 from kon_agent.ranges import RangeSet
 from kon_agent.spool import segment
 from kon_agent.spool.disk import Disk, Facts
 from kon_agent.spool.frame import ALIGN, HEAD_BYTES, Entry, Frame, Kind, decode, encode, scan
-from kon_agent.spool.segment import MAX_INDEX_BYTES, Contents, Reason, Segment
+from kon_agent.spool.segment import MAX_INDEX_BYTES, Contents, Reason, Segment, Stream
 
 log = logging.getLogger(__name__)
 
@@ -122,9 +122,7 @@ def _learn(disk: Disk, number: int, facts: Facts, told: dict[int, Contents]) -> 
 
 def _summary_in(data: bytes, number: int) -> Frame | None:
     """Return the SUMMARY frame at the very end of `data`."""
-    last = None
-    for last in scan(data):
-        pass
+    last = next(iter(deque(scan(data), maxlen=1)), None)
     if last is None or last.kind is not Kind.SUMMARY or last.is_damaged:
         return None
     return last if last.end == len(data) and last.entry.epoch == number else None
@@ -145,15 +143,18 @@ def _was_never_written(known: Segment) -> bool:
     return known.size == 0 and not known.is_exact
 
 
-def _vanished(present: list[Segment], told: dict[int, Contents]) -> Iterable[Segment]:
+def _vanished(present: list[Segment], told: dict[int, Contents]) -> list[Segment]:
     """Return the segments that should be between others and are not, but for what was given up in order."""
     numbers = {known.number for known in present}
-    declared = [entry for known in present if known.contents for entry in known.contents.losses]
+    declared: dict[Stream, RangeSet] = {}
+    for entry in (entry for known in present if known.contents for entry in known.contents.losses):
+        declared.setdefault((entry.plugin, entry.epoch), RangeSet()).add(entry.seq, entry.last)
+    vanished = []
     for number, contents in told.items():
         if not numbers or number in numbers or number < min(numbers):
             continue  # delivered, in all likelihood: what is older than the oldest is
-        for entry in declared:
-            contents.records.get((entry.plugin, entry.epoch), RangeSet()).remove(entry.seq, entry.last)
-        if any(ranges.count for ranges in contents.records.values()) or contents.losses:
+        rest = contents.without(declared)
+        if rest.records or rest.losses:
             log.error("spool: segment %d has vanished; its records are declared lost", number)
-            yield Segment(number, 0, 0, 0.0, contents, fate=Reason.CORRUPT)
+            vanished.append(Segment(number, 0, 0, 0.0, rest, fate=Reason.CORRUPT))
+    return vanished

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from kon_agent.spool import segment
 from kon_agent.spool.disk import Disk, on_disk
 from kon_agent.spool.frame import HEAD_BYTES, Entry, Kind, encode
+from kon_agent.spool.portion import Portion
 from kon_agent.spool.segment import MAX_INDEX_BYTES, Contents, Segment
 
 log = logging.getLogger(__name__)
@@ -38,12 +39,12 @@ class Writer:
         self._frames = 0
         self._crc = 0
 
-    def fits(self, size: int, index_bytes: int, limit: int) -> bool:
-        """Return whether so much more can be appended to a segment of at most `limit` bytes."""
+    def fits(self, portion: Portion, limit: int) -> bool:
+        """Return whether there is a segment that takes `portion` without exceeding `limit` bytes."""
         held = self.segment
-        if held is None or held.contents is None:
+        if held is None or held.contents is None or held.size + portion.size > limit:
             return False
-        return held.size + size <= limit and held.contents.index_bytes + index_bytes <= MAX_INDEX_BYTES
+        return held.contents.index_bytes + portion.index_bytes <= MAX_INDEX_BYTES
 
     def begin(self, number: int, previous: Segment | None, now_s: float) -> Segment:
         """Create segment `number`; `previous` is the one before it.

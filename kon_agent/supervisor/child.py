@@ -99,8 +99,12 @@ class Supervised:
         self.lifecycle.forgive()
         self.stop(now_ns)
 
-    def look(self, now_ns: int) -> None:
-        """Note a new heartbeat; start to kill it where it is overdue, finish where that was not enough."""
+    def look(self, now_ns: int, awake_since_ns: int = 0) -> None:
+        """Note a new heartbeat; start to kill it where it is overdue, finish where that was not enough.
+
+        Args:
+            awake_since_ns: since when the machine runs, after having stood still; silence before that says nothing.
+        """
         if self.child is None:
             return
         heartbeat_ns = self._heartbeat_ns()
@@ -112,7 +116,7 @@ class Supervised:
             if now_ns >= self._kill_at_ns:
                 self.child.pidfd.send(signal.SIGKILL)
             return
-        silent_ns = now_ns - max(heartbeat_ns, self.started_ns)
+        silent_ns = now_ns - max(heartbeat_ns, self.started_ns, awake_since_ns)
         if silent_ns > self._patience_ns():
             self.kill(f"hung: silent for {silent_ns / NS_PER_S:.1f} s", now_ns)
 

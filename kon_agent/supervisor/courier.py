@@ -23,7 +23,7 @@ from kon_agent.linkreport import LinkReport
 from kon_agent.linux.privileges import User
 from kon_agent.process import Child, Profile, Role, spawn
 from kon_agent.spec import SenderSpec, SpoolSeat
-from kon_agent.spool import place
+from kon_agent.spool import lock, place
 from kon_agent.spool.limits import Limits
 from kon_agent.spoolreport import SpoolReport
 from kon_agent.supervisor.child import Supervised
@@ -92,7 +92,7 @@ class Courier(Supervised):
             return  # no spool at all: the sender says why, and does without
         try:
             deadline_ns = clock.now_ns() + int(CLAIM_PATIENCE_S * NS_PER_S)
-            while (pid := place.holder(folder_fd)) is not None:
+            while (pid := lock.holder(folder_fd)) is not None:
                 if clock.now_ns() > deadline_ns:
                     raise SpoolError(
                         f"the spool {place.folder_path(self.config.cache.path)} is in use by pid {pid}; "
@@ -132,10 +132,11 @@ class Courier(Supervised):
             return
         try:
             channel.send(self._orders, order, fds)
-        except BlockingIOError:
-            self._is_deaf = True
-        except OSError as err:  # gone, and about to be reaped: the next one hears of all rings
+        except (BrokenPipeError, ConnectionError) as err:  # gone, about to be reaped: the next one hears of all rings
             log.debug("the sender is gone: %s", err)
+        except OSError as err:
+            log.warning("the sender could not be given an order: %s", err)
+            self._is_deaf = True
 
     def _spawn(self, now_ns: int) -> Child:
         ours, theirs = channel.pair()
@@ -192,11 +193,11 @@ class Courier(Supervised):
         except SpoolError as err:
             return -1, str(err)
 
-    def look(self, now_ns: int) -> None:
+    def look(self, now_ns: int, awake_since_ns: int = 0) -> None:
         """Note its heartbeat; replace it where it does not take its orders: one lost could be a ring never read."""
         if self._is_deaf:
             self.kill("it does not take its orders", now_ns)
-        super().look(now_ns)
+        super().look(now_ns, awake_since_ns)
 
     def _ask_to_stop(self) -> None:
         self._order(Order("stop", timeout_s=float(self.config.shutdown_timeout)))

@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 LOOK_INTERVAL_S = 1.0  # how often heartbeats are looked at when nothing else happens
 STARTING_INTERVAL_S = 0.1  # while something starts or stops, somebody is waiting to see it
 FIRST_MEASUREMENT_NS = 900_000_000  # just before the agent plugin's first tick, and so before all that follow
+ASLEEP_NS = 3 * NS_PER_S  # the loop looks once a second: a longer gap is a suspended machine, or all of us stopped
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
 
@@ -64,6 +65,7 @@ def run(config: Config, config_path: str | None) -> int:
     Raises:
         KonError: it cannot start.
     """
+    _open_standard_streams()
     logs.setup("supervisor", config.log.level, config.log.format)
     setproctitle("kon-agent: supervisor")
     credentials.check(config.tls)
@@ -73,6 +75,15 @@ def run(config: Config, config_path: str | None) -> int:
         return supervisor.run()
     finally:
         supervisor.close()
+
+
+def _open_standard_streams() -> None:
+    """Have something behind descriptors 0 to 2, or the next thing opened would be there, and every child has those."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
 
 
 class Supervisor:
@@ -92,6 +103,8 @@ class Supervisor:
         self._doorbell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._telemetry = SharedPage("kon-telemetry", telemetry.MAX_TELEMETRY_BYTES)
         self._measure_at_ns = self.started_ns + FIRST_MEASUREMENT_NS
+        self._looked_ns = self.started_ns
+        self._awake_since_ns = 0
         self._watched: dict[int, Supervised] = {}  # pid to the process whose pidfd the selector watches
         user = self._user()
         self._around = Surroundings(
@@ -185,7 +198,8 @@ class Supervisor:
     def _wait(self, now_ns: int) -> None:
         if self._phase is Phase.DONE:
             return
-        deadlines = [deadline for process in self._processes() if (deadline := process.next_deadline_ns())]
+        # One that has passed was served above, or cannot be yet (held back, unkillable): waiting for it would spin.
+        deadlines = [due for process in self._processes() if (due := process.next_deadline_ns()) and due > now_ns]
         restless = any(
             process.lifecycle.state in (State.STARTING, State.HALF_OPEN, State.STOPPING)
             for process in self._processes()
@@ -237,22 +251,26 @@ class Supervisor:
 
     def _reap(self, now_ns: int) -> None:
         for ended in reap():
-            process = self._watched.pop(ended.pid)
-            assert process.child is not None
+            process = self._watched.pop(ended.pid, None)
+            if process is None or process.child is None:
+                continue  # somebody else's: left to us by whoever started us, or because we are process 1
             self._selector.unregister(process.child.pidfd)
             process.gone(ended, now_ns)
 
     def _spawn_due(self, now_ns: int) -> None:
         for process in self._processes():
-            if process.is_due(now_ns):
+            if process.is_due(now_ns) and (self._phase is Phase.RUNNING or process is self.courier):
                 process.spawn(now_ns)
                 if process.child is not None:
                     self._watched[process.child.pid] = process
                     self._selector.register(process.child.pidfd, selectors.EVENT_READ, lambda: None)
 
     def _look(self, now_ns: int) -> None:
+        if now_ns - self._looked_ns > ASLEEP_NS:
+            self._awake_since_ns = now_ns
+        self._looked_ns = now_ns
         for process in self._processes():
-            process.look(now_ns)
+            process.look(now_ns, self._awake_since_ns)
         for unit in self.units.values():
             unit.settle_rings(now_ns)
 

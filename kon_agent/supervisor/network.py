@@ -53,7 +53,10 @@ class NetworkWatch:
     def on_change(self) -> None:
         """The link monitor is readable: look again if a link changed."""
         if self.monitor is not None and netlink.drain(self.monitor):
-            self.refresh()
+            try:
+                self.refresh()
+            except BpfError as err:
+                log.error("the watched interfaces could not be brought up to date: %s", err)
 
     def refresh(self) -> None:
         """Attach to interfaces that should be watched, detach from those that should not, publish the result."""

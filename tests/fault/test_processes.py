@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.fault.conftest import Matrix
-from tests.support.faults import LOAD, Case, tight, times
+from tests.support.faults import LOAD, Case, times
 from tests.support.waiting import wait_for
 
 DEATHS = times(2, 3)  # of one child in one run: at five within a minute its breaker would rest for another
@@ -69,7 +69,7 @@ def test_the_sender_is_killed_while_connected(matrix: Matrix) -> None:
 @pytest.mark.parametrize("row", ["sender killed, while it spools", "sender killed, just after a spool write"])
 def test_the_sender_is_killed_while_it_spools(matrix: Matrix, row: str) -> None:
     """What is on disk is not taken from the ring again, what is not is still there."""
-    case = matrix.case(row, plugins=tight("64KiB"))
+    case = matrix.case(row)
     for _ in range(times(1, 34)):
         case.start()
         case.is_up()
@@ -91,7 +91,7 @@ def test_the_sender_is_killed_while_it_spools(matrix: Matrix, row: str) -> None:
 
 def test_the_sender_is_killed_while_it_drains(matrix: Matrix) -> None:
     """A backlog half delivered is delivered once."""
-    case = matrix.case("sender killed, while the spool drains", plugins=tight("64KiB"))
+    case = matrix.case("sender killed, while the spool drains")
     for _ in range(times(1, 34)):
         case.start()
         case.is_up()

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from kon_agent.bpf import layout
+from kon_agent.bpf import layout, libbpf, net
 from kon_agent.bpf.layout import Interface
 from kon_agent.bpf.net import NetCounters
 from kon_agent.errors import BpfError
@@ -421,14 +421,17 @@ def test_every_bpf_fd_is_close_on_exec(link: Any, counters: NetCounters) -> None
 
 def test_without_privilege_loading_says_what_it_needs(link: Any) -> None:
     """EPERM names the capabilities."""
+    libbpf.library()  # that user may not be able to reach the library, nor the object, by name
+    held = os.open(net._default_object(), os.O_RDONLY)
 
     def child() -> None:
         os.setresuid(NOBODY, NOBODY, NOBODY)
         with pytest.raises(BpfError, match="CAP_BPF") as refused:
-            NetCounters.load()
+            NetCounters.load(f"/proc/self/fd/{held}")
         assert errno.EPERM == refused.value.errno
 
     assert 0 == os.waitpid(forked(child), 0)[1]
+    os.close(held)
 
 
 def _exists(fd: str) -> bool:

@@ -30,8 +30,8 @@ class Namespace:
 
     @property
     def prefix(self) -> Sequence[str]:
-        """Return what runs a command in this namespace; unlike `ip netns exec` it keeps the mounts as they are."""
-        return ("nsenter", f"--net=/run/netns/{self.name}")
+        """Return what runs a command in this namespace, with the /sys that belongs to it."""
+        return ("ip", "netns", "exec", self.name)
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -55,9 +55,9 @@ class Namespace:
         return run("ip", "-n", self.name, *arguments)
 
     def move(self, address: str) -> Namespace:
-        """Give the interface another address, and take the old one away; return the namespace as it is now."""
-        self.ip("address", "add", f"{address}/{PREFIX_BITS}", "dev", self.interface)
+        """Take the interface's address away and give it another; return the namespace as it is now."""
         self.ip("address", "delete", f"{self.address}/{PREFIX_BITS}", "dev", self.interface)
+        self.ip("address", "add", f"{address}/{PREFIX_BITS}", "dev", self.interface)
         return Namespace(self.name, self.interface, address)
 
     def xdp_programs(self) -> list[str]:
