@@ -5,10 +5,13 @@ Under systemd (JOURNAL_STREAM set) the text form leaves out the time, which the 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import stat
 import sys
 import traceback
+from typing import TextIO
 
 import msgspec
 
@@ -32,6 +35,39 @@ class _JsonFormatter(logging.Formatter):
         return msgspec.json.encode(line).decode()
 
 
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to stderr, and never waits nor fails for it: a reader that has stopped or gone costs log lines only."""
+
+    lost = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.lost:
+            lost, self.lost = self.lost, 0
+            text = f"{lost} log lines could not be written here"
+            super().emit(logging.LogRecord(record.name, logging.WARNING, "", 0, text, None, None))
+            if self.lost:  # nor could that
+                self.lost += lost - 1
+        super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if isinstance(sys.exc_info()[1], OSError):
+            self.lost += 1
+        else:
+            super().handleError(record)
+
+
+def dont_wait_for_readers() -> None:
+    """Make writing to stderr return at once where it is a pipe nobody reads, for this process and all it forks.
+
+    The pipe is opened anew: the flag belongs to the opening, which others (a shell) may share.
+    """
+    if stat.S_ISFIFO(os.fstat(2).st_mode):
+        with contextlib.suppress(OSError):  # a pipe we may not open by name: then it blocks, as it always has
+            fd = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            os.dup2(fd, 2)
+            os.close(fd)
+
+
 def setup(process_name: str, level: str = "info", form: str = "text") -> None:
     """Send this process's log to stderr, replacing what a parent had set up.
 
@@ -40,7 +76,7 @@ def setup(process_name: str, level: str = "info", form: str = "text") -> None:
         level: debug, info, warning or error.
         form: text or json.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Stderr(sys.stderr)
     if form == "json":
         handler.setFormatter(_JsonFormatter(process_name))
     else:

@@ -66,6 +66,7 @@ def run(config: Config, config_path: str | None) -> int:
         KonError: it cannot start.
     """
     _open_standard_streams()
+    logs.dont_wait_for_readers()
     logs.setup("supervisor", config.log.level, config.log.format)
     setproctitle("kon-agent: supervisor")
     credentials.check(config.tls)

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -88,3 +89,24 @@ def test_a_reader_that_has_gone_harms_nobody(monkeypatch: pytest.MonkeyPatch, fo
     monkeypatch.setattr(sys, "stderr", Gone())
     logs.setup("supervisor", form=form)
     log.error("nobody hears this")
+
+
+def test_a_reader_that_stops_costs_lines_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full pipe neither blocks nor raises; once there is room again, the log says how much is missing."""
+    monkeypatch.setenv("JOURNAL_STREAM", "8:1234")
+    read_fd, write_fd = os.pipe2(os.O_NONBLOCK)
+    with open(write_fd, "w", buffering=1) as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        logs.setup("sender")
+        for _ in range(3000):
+            log.info("x" * 100)
+        while True:
+            try:
+                os.read(read_fd, 1 << 20)
+            except BlockingIOError:
+                break
+        log.info("after")
+        said = os.read(read_fd, 1 << 20).decode()
+    os.close(read_fd)
+    assert re.search(r"\d+ log lines could not be written here", said)
+    assert said.endswith("INFO    sender: after\n")
