@@ -17,6 +17,7 @@ import msgspec
 
 from kon_agent import __version__
 from kon_agent.cli import client, tables
+from kon_agent.cli.spool import spool
 from kon_agent.config.load import check as check_file
 from kon_agent.config.load import load
 from kon_agent.config.schema import Config
@@ -150,6 +151,9 @@ def demo(folder: Path | None, seconds: float | None) -> None:
     from kon_agent.cli.demo import run as run_demo
 
     sys.exit(run_demo(folder, seconds))
+
+
+main.add_command(spool)
 
 
 @main.group()
