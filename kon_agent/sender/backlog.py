@@ -230,7 +230,7 @@ def _entries(portion: Portion) -> list[Entry]:
         for seq, payload in enumerate(run.records, run.first_seq)
     ]
     losses = [Entry(plugin, epoch, lost.first_seq, b"", lost.count, lost.drop) for lost in portion.losses]
-    return records + losses
+    return losses + records  # a torn write keeps the front: a loss without its records is harmless, not the reverse
 
 
 def _parcels(entries: Sequence[Entry]) -> list[Parcel]:

@@ -148,7 +148,6 @@ def failing(case: Case, calls: str, first: int, more: int) -> Iterator[None]:
     paths = [f"-P{case.spool}/{number:012d}.seg" for number in range(1, 200)] if calls == "write" else []
     command = ["strace", "-f", "-qq", "-p", str(pid), "-e", f"trace={calls}", *paths]
     command += ["-e", f"inject={calls}:error=EIO:when={first}..{first + more - 1}", "-o", str(case.agent.folder / "strace")]
-    print(*command)
     tracer = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     try:
         wait_for(lambda: f"TracerPid:\t{tracer.pid}" in Path(f"/proc/{pid}/status").read_text(), "strace is attached")
@@ -157,6 +156,7 @@ def failing(case: Case, calls: str, first: int, more: int) -> Iterator[None]:
         tracer.send_signal(signal.SIGINT)  # it lets go of the sender and ends
         tracer.wait(10)
         print((case.agent.folder / "strace").read_text()[-3000:])
+        print(case.status().spool, os.listdir(f"/proc/{pid}/fd"), [os.readlink(f"/proc/{pid}/fd/{n}") for n in os.listdir(f"/proc/{pid}/fd")])
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs the program strace")
