@@ -78,6 +78,9 @@ class Sender:
         self._flush: asyncio.TimerHandle | None = None
         self._offline_since_ns = clock.now_ns()
         self._backlog = Backlog(spec.spool, spec.plugins)
+        self._shelve_bytes = min(
+            SHELVE_BYTES, spec.spool.limits.segment_bytes // 2
+        )  # a small quota's segments are small
         self._connector = Connector(spec, has_backlog=True, client=self)
         self._stopping = asyncio.Event()
         self._stop_timeout_s = 0.0
@@ -204,7 +207,7 @@ class Sender:
             if self._backlog.is_resting(clock.now_ns()):
                 break  # before any rewind: what is in flight would never be answered
             lane.rewind()
-            while portions := gather([lane], SHELVE_RECORDS, SHELVE_BYTES, clock.now_ns()):
+            while portions := gather([lane], SHELVE_RECORDS, self._shelve_bytes, clock.now_ns()):
                 if not self._backlog.keep(portions, clock.now_ns(), clock.wall_ns() / clock.NS_PER_S):
                     lane.rewind()
                     break

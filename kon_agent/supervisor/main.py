@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 LOOK_INTERVAL_S = 1.0  # how often heartbeats are looked at when nothing else happens
 STARTING_INTERVAL_S = 0.1  # while something starts or stops, somebody is waiting to see it
 FIRST_MEASUREMENT_NS = 900_000_000  # just before the agent plugin's first tick, and so before all that follow
+SNAPSHOT_ATTEMPTS = 5  # the spool's figures change a few times a second: the first one usually does
 ASLEEP_NS = 3 * NS_PER_S  # the loop looks once a second: a longer gap is a suspended machine, or all of us stopped
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
@@ -281,8 +282,13 @@ class Supervisor:
 
     def plugin_statuses(self, now_ns: int) -> list[PluginStatus]:
         """Return every plugin's status."""
-        in_spool = self.courier.spool_report().plugins
-        return [status.plugin_status(unit, in_spool[slot], now_ns) for slot, unit in enumerate(self.units.values())]
+        for _ in range(SNAPSHOT_ATTEMPTS):  # until nothing moved from the rings to the spool meanwhile
+            report = self.courier.spool_report()
+            units = zip(self.units.values(), report.plugins, strict=False)
+            found = [status.plugin_status(unit, in_spool, now_ns) for unit, in_spool in units]
+            if report == self.courier.spool_report():
+                break
+        return found
 
     def _publish_telemetry(self, now_ns: int) -> None:
         if now_ns < self._measure_at_ns:

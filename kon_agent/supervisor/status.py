@@ -19,14 +19,15 @@ from kon_agent.telemetry import PluginSample
 def plugin_status(unit: Unit, in_spool: PluginTally, now_ns: int) -> PluginStatus:
     """Return one plugin's status.
 
-    The spool may hold records of earlier runs; they were produced by this agent too, and count from the start. Its
-    figures are taken before the rings': what moves from ring to spool in between is then seen in one of them.
+    The spool may hold records of earlier runs; they were produced by this agent too, and count from the start. What
+    went into it and is nowhere any more was given up by a sender that was killed before it could say so: most likely
+    evicted; the receiver's ledger has the reason.
     """
     figures, pulse = unit.figures(), unit.pulse()
     of_spool = in_spool.pending + in_spool.acked + sum(in_spool.drops().values())
     recovered = max(0, of_spool - figures.spooled)
-    dropped = Counter(figures.dropped)
-    dropped.update({reason: count for reason, count in in_spool.drops().items() if count})
+    untold = max(0, figures.spooled - of_spool)
+    dropped = Counter(figures.dropped) + Counter(in_spool.drops()) + Counter(spool_evicted=untold)
     is_alive = unit.child is not None
     return PluginStatus(
         name=unit.plugin,
@@ -42,7 +43,7 @@ def plugin_status(unit: Unit, in_spool: PluginTally, now_ns: int) -> PluginStatu
         acked=figures.acked + in_spool.acked,
         in_flight=figures.in_flight,
         in_ring=figures.in_ring,
-        spooled=figures.spooled + recovered - in_spool.acked - sum(in_spool.drops().values()),
+        spooled=in_spool.pending,
         dropped=dict(dropped),
         ring_used_bytes=figures.ring_used_bytes,
         ring_size_bytes=figures.ring_size_bytes,

@@ -138,3 +138,17 @@ def test_interfaces_are_told_both_ways() -> None:
         name="eth0", ingress_mode="generic", ingress_reason="EOPNOTSUPP", egress_mode="tcx"
     )
     assert expected == shown
+
+
+def test_what_a_killed_sender_gave_up_is_counted(plugin: Plugin) -> None:
+    """Records that went into the spool and are nowhere any more are losses, not spooled for ever."""
+    plugin.start()
+    for _ in range(5):
+        plugin.producer.publish(b"record")
+    lane, unmap = consume(plugin.announced[0])
+    portion = lane.take(5, 1000, 0)
+    assert portion is not None
+    lane.shelve(portion)
+    unmap()
+    shown = status.plugin_status(plugin.unit, PluginTally(pending=1, acked=1), START_NS)
+    assert (5, 1, 1, {"spool_evicted": 3}) == (shown.produced, shown.acked, shown.spooled, shown.dropped)
