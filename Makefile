@@ -10,7 +10,7 @@ PACKAGES := clang llvm clang-format iproute2 iputils-ping strace
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check format lint types unit tools bpf bpf-check proto bench clean
+.PHONY: help setup run test fault check format lint types unit tools bpf bpf-check proto bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  \1|\2/' | column -t -s'|'
@@ -22,6 +22,9 @@ run: setup ## start a receiver and an agent, show records arriving; Ctrl-C stops
 
 test: $(VENV)/.installed-dev tools bpf-check ## run the whole suite; as root, the tests that need root too
 	$(PYTEST)
+
+fault: $(VENV)/.installed-dev tools ## run the long fault matrix and print its table
+	KON_FAULT_LONG=1 $(PYTEST) -q -s tests/fault
 
 check: $(VENV)/.installed-dev ## format, lint, types, unit and property tests: about a minute
 	$(BIN)/ruff format --check --quiet kon_agent tests

@@ -6,9 +6,10 @@ whole burst of datagrams per turn of the loop (which is what makes group commits
 reading when the store is behind.
 
 Invariants:
-* No stream data reaches an intake before the handshake is complete and the client's certificate has been
-  judged. No session ticket is issued, so there is no early data and no resumption that would skip the
-  certificate.
+* Where client certificates are asked for, no stream data reaches an intake before the handshake is complete and the
+  certificate has been judged, and no session ticket is issued: a resumption would skip the certificate.
+* Where none are, tickets are issued, each good for one resumption, and early data (0-RTT) is taken: what an attacker
+  repeats are records the ledger refuses.
 * A batch is acknowledged from the committer's report only.
 """
 
@@ -31,6 +32,7 @@ from aioquic.asyncio.server import QuicServer
 from aioquic.quic import events
 from aioquic.quic.configuration import QuicConfiguration
 from aioquic.quic.connection import QuicConnection
+from aioquic.tls import SessionTicket
 
 from kon_agent.config.server import ServerAddress
 from kon_agent.errors import ConfigError, KonError, StoreError
@@ -45,6 +47,7 @@ from kon_agent.wire.frames import ALPN_LEGACY, ALPN_V2
 IDLE_TIMEOUT_S = 15.0  # an agent pings three times in it; the dead are forgotten soon
 DATAGRAMS_PER_TURN = 64  # read before the loop may do something else
 MAX_DATAGRAM_BYTES = 65536
+MAX_TICKETS = 4096  # some 300 bytes each; an agent holds one or two
 SOCKET_BUFFER_BYTES = 4 * 1024 * 1024  # a burst of many agents reconnecting; the kernel may grant less
 MAX_REASON_BYTES = 512  # of a CONNECTION_CLOSE, which has to fit one packet
 GOING_AWAY = 0  # application error code of an orderly end
@@ -66,8 +69,11 @@ class Connection(QuicConnectionProtocol):
 
     def quic_event_received(self, event: events.QuicEvent) -> None:
         """Pass an event on to the intake."""
-        if isinstance(event, events.HandshakeCompleted):
-            self._intake = self._judge(event.alpn_protocol)
+        if isinstance(event, events.ProtocolNegotiated):
+            if self.gate.authority is None:
+                self._intake = self._judge(event.alpn_protocol)
+        elif isinstance(event, events.HandshakeCompleted):
+            self._intake = self._intake or self._judge(event.alpn_protocol)
         elif isinstance(event, events.ConnectionTerminated):
             self._end(event)
         elif self._intake is None:
@@ -166,7 +172,13 @@ class Endpoint:
             connection.gate, connection.committer, connection.report = gate, committer, report
             return connection
 
-        self._server = QuicServer(configuration=configuration, create_protocol=connect)
+        tickets = Tickets() if gate.authority is None else None
+        self._server = QuicServer(
+            configuration=configuration,
+            create_protocol=connect,
+            session_ticket_fetcher=tickets.pop if tickets else None,
+            session_ticket_handler=tickets.add if tickets else None,
+        )
         self._server.connection_made(_Sender(self._socket))
         committer.on_room = self._resume
         self._resume()
@@ -211,6 +223,23 @@ class Endpoint:
                 log.debug("socket: %s", err)
                 continue
             self._server.datagram_received(data, peer)
+
+
+class Tickets:
+    """The session tickets issued and not used yet; the oldest go first."""
+
+    def __init__(self) -> None:
+        self._tickets: dict[bytes, SessionTicket] = {}
+
+    def add(self, ticket: SessionTicket) -> None:
+        """Keep a ticket just issued."""
+        self._tickets[ticket.ticket] = ticket
+        if len(self._tickets) > MAX_TICKETS:
+            del self._tickets[next(iter(self._tickets))]
+
+    def pop(self, label: bytes) -> SessionTicket | None:
+        """Return a ticket and forget it: it resumes one session."""
+        return self._tickets.pop(label, None)
 
 
 class _Sender(asyncio.DatagramTransport):

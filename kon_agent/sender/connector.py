@@ -19,9 +19,10 @@ from kon_agent.config.server import ServerAddress
 from kon_agent.errors import KonError
 from kon_agent.linkreport import LinkReport, LinkState
 from kon_agent.page import PageWriter
-from kon_agent.sender.dialect import Answer, Dialect, Parcel, choose
-from kon_agent.sender.transport import KEEPALIVE_S, Link, Target, configure, connect, resolve
+from kon_agent.sender.dialect import Acknowledged, Answer, Dialect, Parcel, choose
+from kon_agent.sender.transport import KEEPALIVE_S, Link, Target, Ticket, configure, connect, resolve
 from kon_agent.spec import SenderSpec
+from kon_agent.wire.frames import ALPN_V2
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ class _Attempt:
 
     def __init__(self) -> None:
         self.link: Link | None = None
+        self.dialect: Acknowledged | None = None  # where it has spoken early
+        self.heard: list[tuple[int, bytes]] = []
         self.alpn = ""
         self.failure = ""
         self.is_over = asyncio.Event()
@@ -62,7 +65,8 @@ class _Attempt:
         self.is_over.set()
 
     def on_data(self, stream_id: int, data: bytes) -> None:
-        """Nothing is asked yet, so nothing is expected."""
+        """Keep it for the dialect: an answer to what was said early."""
+        self.heard.append((stream_id, data))
 
     def on_progress(self) -> None:
         """Nothing is sent yet."""
@@ -118,6 +122,7 @@ class Connector:
         self._last_sent_ns = 0
         self._sent_bytes = 0
         self._go_back_at_ns = 0
+        self._tickets: dict[str, Ticket] = {}  # by server; in memory only, and only of ours that issue any
         self._has_rebound = False
         self._has_served = False
         self._background: set[asyncio.Task[None]] = set()
@@ -145,8 +150,8 @@ class Connector:
         self._lost = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(CONNECT_DEADLINE_S):
-                self._link, alpn = await self._dial(server)
-            self._begin(alpn)
+                attempt = await self._dial(server, self._tickets.pop(str(server), None))
+            self._begin(attempt)
             return await self._lost
         except TimeoutError:
             return f"no answer within {CONNECT_DEADLINE_S:.0f} s; is a receiver running there?"
@@ -155,11 +160,16 @@ class Connector:
         finally:
             if self._link is not None:
                 self._link.end("the conversation is over")
+                if self._has_served and self._link.ticket is not None and isinstance(self._dialect, Acknowledged):
+                    self._tickets[str(server)] = self._link.ticket
             self._link = self._dialect = None
             self._client.on_lost()
 
-    async def _dial(self, server: ServerAddress) -> tuple[Link, str]:
-        """Return the first link to the server that comes up, and the protocol chosen on it.
+    async def _dial(self, server: ServerAddress, ticket: Ticket | None) -> _Attempt:
+        """Return the first attempt at the server that comes up.
+
+        Args:
+            ticket: resumes an earlier connection; used by the first attempt, tickets are good for one.
 
         Raises:
             OSError: none of its addresses answers; why.
@@ -168,35 +178,44 @@ class Connector:
         winner: _Attempt | None = None
         try:
             for target in (await resolve(server))[:MAX_ADDRESSES]:
-                attempts.append(await self._attempt(target))
+                attempts.append(await self._attempt(target, None if attempts else ticket))
                 winner = await _first(attempts, STAGGER_S)
                 if winner is not None:
                     break
             winner = winner or await _first(attempts, None)
             if winner is None or winner.link is None:
                 raise ConnectionError("; ".join(dict.fromkeys(attempt.failure for attempt in attempts)))
-            return winner.link, winner.alpn
+            return winner
         finally:
             for attempt in attempts:
                 if attempt is not winner and attempt.link is not None:
                     attempt.link.end("another address was faster")
 
-    async def _attempt(self, target: Target) -> _Attempt:
+    async def _attempt(self, target: Target, ticket: Ticket | None) -> _Attempt:
         attempt = _Attempt()
+        if ticket is not None:  # Hello may be repeated by an attacker: it changes nothing
+            attempt.dialect = Acknowledged(self._agent_id, self._token, self._has_backlog)
         try:
-            attempt.link = await connect(target, self._configuration, attempt)
+            speak_early = attempt.dialect.open if attempt.dialect else None
+            attempt.link = await connect(target, self._configuration, attempt, ticket, speak_early)
         except OSError as err:
             attempt.on_lost(str(err))
         return attempt
 
-    def _begin(self, alpn: str) -> None:
-        assert self._link is not None
+    def _begin(self, attempt: _Attempt) -> None:
+        assert attempt.link is not None
         now_ns = clock.now_ns()
+        self._link = attempt.link
         self._link.owner = self
-        self._dialect = choose(alpn, self._agent_id, self._token, self._has_backlog)
-        self._dialect.open(self._link)
+        if attempt.dialect is not None and attempt.alpn == ALPN_V2:
+            self._dialect = attempt.dialect
+        else:
+            self._dialect = choose(attempt.alpn, self._agent_id, self._token, self._has_backlog)
+            self._dialect.open(self._link)
         self._ready_by_ns = now_ns + int(CONNECT_DEADLINE_S * clock.NS_PER_S)
         self._go_back_at_ns = now_ns + int(GO_BACK_EVERY_S * clock.NS_PER_S)
+        for stream_id, data in attempt.heard:
+            self.on_data(stream_id, data)
         self._check_ready()
 
     def _check_ready(self) -> None:
@@ -214,11 +233,12 @@ class Connector:
         """Ask the preferred server whether it is back; if so, leave the present one."""
         try:
             async with asyncio.timeout(CONNECT_DEADLINE_S):
-                link, _ = await self._dial(self._servers[0])
+                attempt = await self._dial(self._servers[0], None)
         except (OSError, TimeoutError) as err:
             log.debug("%s is still away: %s", self._servers[0], err)
             return
-        link.end("only asked whether you are back")
+        if attempt.link is not None:
+            attempt.link.end("only asked whether you are back")
         self.end(f"{self._servers[0]} is back")
 
     # Events of the link: `transport.Owner`.

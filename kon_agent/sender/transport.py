@@ -11,6 +11,7 @@ import asyncio
 import copy
 import socket
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -30,6 +31,8 @@ from kon_agent.wire.frames import ALPN_LEGACY, ALPN_V2
 IDLE_TIMEOUT_S = 15.0  # after so long without a sign the path is taken for dead
 KEEPALIVE_S = 5.0  # a third of it: two may be lost
 DATAGRAM_BYTES = 1350  # fits an IPv6 packet in a 1400-byte tunnel
+
+Ticket = tls.SessionTicket
 
 _UNSUPPORTED_ALPN = QuicErrorCode.CRYPTO_ERROR + 120  # no_application_protocol, RFC 7301 section 3.2
 _IDLE_REASON = "Idle timeout"
@@ -56,7 +59,12 @@ class Link(QuicConnectionProtocol):
 
     owner: Owner
     target: Target
+    ticket: Ticket | None = None
     _is_over = False
+
+    def keep(self, ticket: Ticket) -> None:
+        """Remember what resumes this connection; good for one use."""
+        self.ticket = ticket
 
     async def bind(self) -> None:
         """Take a new socket, at first or in place of the one before: the connection goes on from a new address.
@@ -122,7 +130,8 @@ class Link(QuicConnectionProtocol):
         match event:
             case events.HandshakeCompleted():
                 self._connected = True
-                problem = self._server_problem()
+                # A ticket came over a connection whose certificate was verified: none is shown again.
+                problem = "" if event.session_resumed else self._server_problem()
                 if problem:
                     self.end(problem)
                 else:
@@ -178,19 +187,34 @@ async def resolve(server: ServerAddress) -> list[Target]:
     return paired + first[len(second) :] + second[len(first) :]
 
 
-async def connect(target: Target, configuration: QuicConfiguration, owner: Owner) -> Link:
+async def connect(
+    target: Target,
+    configuration: QuicConfiguration,
+    owner: Owner,
+    ticket: Ticket | None = None,
+    speak_early: Callable[[Link], None] | None = None,
+) -> Link:
     """Start a handshake; the owner hears how it went.
+
+    Args:
+        ticket: of an earlier connection to the same server, to resume it.
+        speak_early: says what can be said with the first datagrams (0-RTT), which an attacker may repeat: only what
+            does no harm twice. Without a ticket nothing can be.
 
     Raises:
         OSError: no socket of that family can be had, or there is no route.
     """
     configuration = copy.copy(configuration)
     configuration.server_name = configuration.server_name or target.name
-    link = Link(QuicConnection(configuration=configuration))
+    configuration.session_ticket = ticket
+    link = Link(QuicConnection(configuration=configuration, session_ticket_handler=lambda new: link.keep(new)))
     link.owner = owner
     link.target = target
     await link.bind()
-    link.connect(target.address)
+    link.connect(target.address, transmit=False)
+    if ticket is not None and speak_early is not None:
+        speak_early(link)
+    link.transmit()
     return link
 
 
