@@ -6,7 +6,7 @@ Deciding and answering only: the process table belongs to `main`, what is asked 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from kon_agent import __version__, clock, credentials
 from kon_agent.clock import NS_PER_S
@@ -27,13 +27,35 @@ from kon_agent.errors import ControlError
 from kon_agent.lifecycle import State
 from kon_agent.supervisor import status
 from kon_agent.supervisor.control import Pending
+from kon_agent.supervisor.courier import Courier
+from kon_agent.supervisor.meter import Meter
+from kon_agent.supervisor.network import NetworkWatch
 from kon_agent.supervisor.unit import Unit
-
-if TYPE_CHECKING:
-    from kon_agent.supervisor.main import Supervisor
 
 _NEEDS_RESTART = ("cache", "control", "user", "limits", "log")
 """Sections that decide how the supervisor itself is set up."""
+
+
+class Supervision(Protocol):
+    """What the operations need of the supervisor: its process table, and the few verbs that change it."""
+
+    config: Config
+    config_path: str | None
+    warnings: list[str]
+    started_ns: int
+    units: dict[str, Unit]
+    courier: Courier
+    network: NetworkWatch
+    meter: Meter
+
+    def warn(self, text: str) -> None:
+        """Say once, and show in the status from now on."""
+
+    def stop(self) -> None:
+        """Begin to end."""
+
+    def plugin_statuses(self, now_ns: int) -> list[PluginStatus]:
+        """Return every plugin's status."""
 
 
 class Requests:
@@ -43,7 +65,7 @@ class Requests:
         supervisor: whose.
     """
 
-    def __init__(self, supervisor: Supervisor) -> None:
+    def __init__(self, supervisor: Supervision) -> None:
         self._supervisor = supervisor
 
     def handle(self, request: Request) -> Result | Pending:
