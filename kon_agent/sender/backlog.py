@@ -69,13 +69,15 @@ class Backlog:
         self._retry_at_ns = 0
         data = seat.reader.read()
         self._report = SpoolReport.decode(data) if data is not None else SpoolReport()
-        self._report.detail = seat.obstacle
+        self._write_trouble = seat.obstacle
+        self._read_trouble = ""
         self._is_kept = False  # whether the last attempt to keep records succeeded
 
     def open(self, wall_s: float) -> None:
         """Take the folder and learn what it holds; a predecessor's progress is taken over."""
         if self._folder is None:
-            log.warning("no spool: %s; records of an outage stay in the rings", self._report.detail)
+            if not self._retry_at_ns:  # told once
+                log.warning("no spool: %s; records of an outage stay in the rings", self._write_trouble)
             self.publish()
             return
         try:
@@ -84,10 +86,10 @@ class Backlog:
             spool.open(wall_s)
             spool.resume(*self._report.position)
         except (OSError, SpoolError) as err:
-            self._fail(str(err), 0)
+            self._fail_to_write(str(err), 0)
             return
         self._spool = spool
-        self._report.detail = ""
+        self._write_trouble = ""
         if not spool.is_empty():
             log.info("the spool holds %d records", sum(spool.pending.values()))
         self.publish()
@@ -108,20 +110,24 @@ class Backlog:
         try:
             self._spool.store([entry for portion in portions for entry in _entries(portion)], wall_s)
         except SpoolError as err:
-            self._fail(str(err), now_ns)
+            self._fail_to_write(str(err), now_ns)
             return False
-        if self._report.detail:
+        if self._write_trouble:
             log.info("the spool works again")
-        self._retry_at_ns, self._report.detail, self._is_kept = 0, "", True
+        self._retry_at_ns, self._write_trouble, self._is_kept = 0, "", True
         self.publish()
         return True
 
-    def _fail(self, why: str, now_ns: int) -> None:
-        if why != self._report.detail:
+    def _fail_to_write(self, why: str, now_ns: int) -> None:
+        if why != self._write_trouble:
             log.error("the spool cannot be used: %s; records stay in the rings meanwhile", why)
-        self._report.detail = why
+        self._write_trouble = why
         self._retry_at_ns = now_ns + int(RETRY_S * NS_PER_S)
         self.publish()
+
+    def insist(self) -> None:
+        """Ask the disk once more, however recently it refused: there will be no other time."""
+        self._retry_at_ns = 0
 
     def is_resting(self, now_ns: int) -> bool:
         """Whether the disk has refused and is not to be asked again yet."""
@@ -143,8 +149,12 @@ class Backlog:
             try:
                 chunk = self._spool.read(max_records, max_bytes)
             except SpoolError as err:
-                self._fail(str(err), 0)
+                if str(err) != self._read_trouble:
+                    log.error("the spool cannot be read: %s; what it holds is delivered later", err)
+                self._read_trouble = str(err)
+                self.publish()
                 return None
+            self._read_trouble = ""
             if chunk is None:
                 return None
             taken = Taken(chunk, _parcels(chunk.entries))
@@ -181,7 +191,7 @@ class Backlog:
 
     def show(self, is_connected: bool) -> None:
         """Publish what the spool is doing."""
-        if self._report.detail:
+        if self._write_trouble:
             mode = SpoolMode.MEMORY
         elif self.is_empty():
             mode = SpoolMode.IDLE
@@ -196,6 +206,7 @@ class Backlog:
     def publish(self) -> None:
         """Publish the spool's figures."""
         report, spool = self._report, self._spool
+        report.detail = self._write_trouble or self._read_trouble
         if spool is not None:
             report.disk_bytes, report.segments = spool.bytes_on_disk(), spool.segment_count()
             report.oldest_s = spool.oldest_s() or 0.0

@@ -118,6 +118,7 @@ class Sender:
     # Ending.
 
     async def _finish(self) -> None:
+        self._backlog.insist()
         if self._is_orphan:
             self._shelve(self._lanes.values())
             await asyncio.sleep(ORPHAN_WAIT_S)
@@ -125,6 +126,7 @@ class Sender:
                 lane.is_closed = True
         else:
             await self._deliver_rest()
+        self._backlog.insist()
         self._shelve(self._lanes.values())
         self._backlog.close()
         rest = sum(lane.used_bytes() for lane in self._lanes.values())
