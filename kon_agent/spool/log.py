@@ -33,10 +33,8 @@ __all__ = ["Chunk", "Limits", "Reason", "Spool"]
 
 log = logging.getLogger(__name__)
 
-# A new segment's header, which repeats the index of the one before, and its own summary
-OVERHEAD_BYTES = on_disk(2 * (HEAD_BYTES + MAX_INDEX_BYTES)) + BLOCK_BYTES
-# Kept free so that what remains of a segment can be declared lost before it is removed
-RESERVE_BYTES = OVERHEAD_BYTES + on_disk(MAX_INDEX_BYTES)
+# Kept free so that what remains of a segment can be declared lost before it is removed: in a new segment at the worst
+RESERVE_BYTES = on_disk(3 * (HEAD_BYTES + MAX_INDEX_BYTES)) + BLOCK_BYTES
 STATE_BYTES = on_disk(HEAD_BYTES + MAX_INDEX_BYTES)
 MAX_CARRIED = 64  # losses handed on from segment to segment: they must not fill the spool
 MAX_EXPIRED_AT_ONCE = 4  # segments removed for their age by one `store`: each costs a sync
@@ -106,10 +104,10 @@ class Spool:
     def resume(self, number: int, position: int) -> None:
         """Go on where a predecessor has come to: segment `number` is acknowledged up to `position`, a chunk's end."""
         self._next_number = max(self._next_number, number + 1)
-        for known in self._inventory:
-            if known.number < number and not known.disk_bytes:  # not vanished: acknowledged
-                self._inventory.settle_all(known)
-                self._inventory.forget(known)
+        for older in self._inventory:
+            if older.number < number and not older.disk_bytes:  # not vanished: acknowledged
+                self._inventory.settle_all(older)
+                self._inventory.forget(older)
         known = self._inventory.get(number)
         if known is None or known.contents is None:
             return
@@ -186,7 +184,7 @@ class Spool:
 
     def _store(self, portions: Sequence[Portion], now_s: float) -> None:
         self._inventory.sweep()
-        need = sum(on_disk(portion.size) + OVERHEAD_BYTES for portion in portions)
+        need = self._cost(portions)
         if self._disk.free_bytes() - need < self._limits.min_free_bytes:
             raise SpoolError(f"less than cache.min_free ({self._limits.min_free_bytes} bytes) is left; free some space")
         self._give_up_condemned(now_s)
@@ -251,6 +249,13 @@ class Spool:
         folder = on_disk(BLOCK_BYTES + NAME_BYTES * self._inventory.name_count())
         return self._limits.max_bytes - folder - BLOCK_BYTES - STATE_BYTES
 
+    def _cost(self, portions: Sequence[Portion]) -> int:
+        """Return what `portions` take on disk at most: each may begin a segment, which repeats the last one's index."""
+        last = self._writer.segment or self._inventory.newest()
+        index = last.contents.index_bytes if last and last.contents else 0
+        index = min(MAX_INDEX_BYTES, index + sum(portion.index_bytes for portion in portions))
+        return sum(on_disk(portion.size + 2 * (HEAD_BYTES + index)) + BLOCK_BYTES for portion in portions)
+
     def _make_room(self, need: int, now_s: float) -> None:
         """Evict the oldest segments until `need` more bytes fit.
 
@@ -310,9 +315,8 @@ class Spool:
 
     def _has_room_for(self, losses: Portion) -> bool:
         """Whether the reserve takes them; it does unless segments are tiny. Above a quota that shrank, all is room."""
-        overhead = 0 if self._writer.fits(losses, self._limits.segment_bytes) else OVERHEAD_BYTES
-        after = self._segment_bytes() + on_disk(losses.size) + overhead
-        return after <= self._quota() or self._segment_bytes() > self._quota()
+        held = self._segment_bytes()
+        return held + self._cost([losses]) <= self._quota() or held > self._quota()
 
     # Reading.
 

@@ -60,7 +60,8 @@ def _checked(entry: Entry) -> int:
     """Return what the entry adds to an index; it may well be a frame."""
     numbers = (entry.epoch, entry.seq, entry.last)
     if (
-        len(entry.plugin.encode()) > MAX_PLUGIN_BYTES
+        (entry.payload if entry.reason else entry.count != 1)
+        or len(entry.plugin.encode()) > MAX_PLUGIN_BYTES
         or len(entry.payload) > MAX_PAYLOAD_BYTES
         or not all(0 <= number <= _MAX_NUMBER for number in numbers)
     ):

@@ -92,6 +92,8 @@ def _facts(disk: Disk, name: str) -> Facts | None:
 def _read(disk: Disk, name: str, offset: int, length: int) -> bytes | None:
     try:
         return disk.read(name, offset, length)
+    except FileNotFoundError:
+        return None
     except OSError as err:
         log.error("spool: %s cannot be read: %s", name, err.strerror)
         return None

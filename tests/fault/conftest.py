@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -95,30 +95,31 @@ class Matrix:
         plugins: Plugins = faults.LOAD,
         sections: Mapping[str, Any] | None = None,
         has_receiver: bool = True,
+        environment: dict[str, str] | None = None,
     ) -> Case:
         """Return a case on the loopback; its receiver runs, if wanted, its agent does not yet."""
         receiver = Receiver(self.folder, self.pki, ["--client-ca", str(self.pki / "ca.pem")], self.here.prefix)
-        agent = Agent(
-            self.folder, receiver.port, self.pki, plugins, sections=_sections(sections), prefix=self.here.prefix
-        )
+        options: dict[str, Any] = {
+            "sections": dict(sections or {}),
+            "prefix": self.here.prefix,
+            "environment": environment,
+        }
+        agent = Agent(self.folder, receiver.port, self.pki, plugins, **options)
         return self._enter(row, agent, receiver, has_receiver)
 
-    def case_over_proxy(
-        self, row: str, plugins: Plugins = faults.LOAD, sections: Mapping[str, Any] | None = None
-    ) -> tuple[Case, UdpProxy]:
-        """Return a case over the cable, with a proxy before the receiver."""
-        receiver = Receiver(self.folder, self.pki, ["--client-ca", str(self.pki / "ca.pem")], self.there.prefix)
-        tls = {name: str(self.pki / file) for name, file in _TLS_FILES.items()}
-        network = {
-            "server": f"quic://{self.there.address}:{receiver.port}",
-            "tls": {**tls, "server_name": "localhost"},
-        }
+    def case_over_proxy(self, row: str, plugins: Plugins = faults.LOAD, is_open: bool = False) -> tuple[Case, UdpProxy]:
+        """Return a case over the cable, with a proxy before the receiver; `is_open`: it asks for no certificate."""
+        flags = [] if is_open else ["--client-ca", str(self.pki / "ca.pem")]
+        receiver = Receiver(self.folder, self.pki, flags, self.there.prefix)
+        files = {"ca": "ca.pem"} if is_open else _TLS_FILES
+        tls = {name: str(self.pki / file) for name, file in files.items()}
+        server = f"quic://{self.there.address}:{receiver.port}"
         agent = Agent(
             self.folder,
             receiver.port,
             self.pki,
             {**plugins, "ebpf": {**plugins.get("ebpf", {}), "interfaces": [self.here.interface], "exclude": []}},
-            sections=_sections({**network, **(sections or {})}),
+            sections={"server": server, "tls": {**tls, "server_name": "localhost"}},
             prefix=self.here.prefix,
         )
         proxy = self.stack.enter_context(UdpProxy(self.there, receiver.port))
@@ -144,15 +145,8 @@ class Matrix:
 _TLS_FILES = {"ca": "ca.pem", "cert": f"{AGENT_ID}.pem", "key": f"{AGENT_ID}.key"}
 
 
-def _sections(sections: Mapping[str, Any] | None) -> dict[str, Any]:
-    return dict(sections or {})
-
-
 @pytest.fixture
 def matrix(folder: Path, pki: Path, ends: tuple[Namespace, Namespace]) -> Iterator[Matrix]:
     """Return what makes cases."""
     with ExitStack() as stack:
         yield Matrix(folder, pki, ends, stack)
-
-
-MakeCase = Callable[..., Case]

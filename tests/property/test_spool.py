@@ -92,16 +92,16 @@ class SpoolMachine(RuleBasedStateMachine):
         self.epoch += 1
         self.next_seq = dict.fromkeys(PLUGINS, 0)
 
-    @rule(is_resumed=st.booleans())
-    def restart(self, is_resumed: bool) -> None:
+    @rule()
+    def restart(self) -> None:
         self.books.spool.close()
         self.disk.kill()
-        self.reopen(is_resumed)
+        self.reopen()
 
-    @rule(is_resumed=st.booleans())
-    def kill(self, is_resumed: bool) -> None:
+    @rule()
+    def kill(self) -> None:
         self.disk.kill()
-        self.reopen(is_resumed)
+        self.reopen()
 
     @rule(
         after=st.integers(0, 12),
@@ -118,13 +118,13 @@ class SpoolMachine(RuleBasedStateMachine):
             self.books.refused.clear()  # its caller is gone as well
             self.disk.cut_power(lambda tail: tail[:keep])
             self.disk.faults.clear()
-            self.reopen(is_resumed=False)
+            self.position = (0, 0)  # it is in memory
+            self.reopen()
         self.disk.faults.clear()
 
-    def reopen(self, is_resumed: bool) -> None:
+    def reopen(self) -> None:
         self.books.open(self.now_s)
-        if is_resumed:
-            self.books.spool.resume(*self.position)
+        self.books.spool.resume(*self.position)
 
     @invariant()
     def quota(self) -> None:

@@ -1,7 +1,7 @@
 """Small disks for the spool: a tmpfs that can be filled and made read-only, an ext4 image whose power can be cut.
 
-A copy of the image file holds what the file system had written and nothing of what the kernel still kept in memory: what
-a disk holds after a power cut. The copy takes some milliseconds while writing goes on, so it is a little worse than one.
+A copy of the image file holds what the file system had written and nothing of what the kernel still kept in memory:
+what a disk holds after a power cut. The copy takes some milliseconds while writing goes on, so it is a little worse.
 Mounts are made and removed by path; a loop device goes with its mount.
 """
 

@@ -1,9 +1,9 @@
 """The fault matrix: one case per row, its injections, and the balance that must come out even.
 
-A case runs the real agent and receiver, lets a test inject one fault any number of times, and then asks three who cannot
-have agreed on a lie: the rings themselves, held open by `Book` beyond the death of everyone who owned them, say how many
-records each epoch produced; the receiver's ledger says what became of every sequence number; the agent's own status
-says what it believes. The row holds if, for every epoch, produced = stored + declared lost, and nothing is missing.
+A case runs the real agent and receiver, lets a test inject one fault any number of times, and then asks three who
+cannot have agreed on a lie: the rings themselves, held open by `Book` beyond the death of everyone who owned them, say
+how many records each epoch produced; the receiver's ledger says what became of every sequence number; the agent's own
+status says what it believes. The row holds if, for every epoch, produced = stored + declared lost, and none is missing.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ LOAD: Mapping[str, Mapping[str, Any]] = {
     "ebpf": {"interfaces": ["lo"], "exclude": []},
     "agent": {},
 }
+RATE = 1200  # records a second that LOAD makes at most on this machine's two processors
 DRAIN_DEADLINE_S = 30.0  # after a long outage on a machine that does other things
+RECONNECT_DEADLINE_S = 45.0  # after a long outage attempts are half a minute apart
 LOOK_S = 0.03  # a ring that is made, drained and gone between two looks held nothing
 
 Plugins = Mapping[str, Mapping[str, Any]]
@@ -172,7 +174,9 @@ def table() -> list[str]:
     """Return the lines of the table so far, as Markdown."""
     rows = [HEAD, *(line.cells() for line in TABLE)]
     widths = [max(len(row[at]) for row in rows) for at in range(len(HEAD))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return lines
 
@@ -212,7 +216,8 @@ class Case:
         return self.agent.folder / "spool"
 
     def is_up(self, more: int = 5) -> None:
-        """Wait until the agent runs, is connected, and fresh records of every plugin are acknowledged."""
+        """Wait until the agent is connected and runs, and fresh records of every plugin are acknowledged."""
+        wait_for(lambda: "connected" == self.status().server.state, "it is connected", RECONNECT_DEADLINE_S)
         self.agent.wait_until_running()
         self.agent.wait_for_acks(more=more)
 
@@ -227,6 +232,11 @@ class Case:
     def spooled(self) -> int:
         """Return how many records are in the spool."""
         return sum(plugin.spooled for plugin in self.status().plugins)
+
+    def wait_produced(self, more: int) -> None:
+        """Wait until that many more records have been made."""
+        goal = self.book.produced_now().total() + more
+        wait_for(lambda: self.book.produced_now().total() >= goal, f"{more} more records are made", DRAIN_DEADLINE_S)
 
     def wait_spooled(self, more: int, deadline_s: float = DRAIN_DEADLINE_S) -> None:
         """Wait until that many more records are in the spool."""

@@ -13,7 +13,7 @@ import selectors
 import socket
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -22,6 +22,7 @@ from typing import Self
 from tests.support.netns import Namespace
 
 MAX_DATAGRAM_BYTES = 65536
+MAX_HEARD = 1000  # datagrams an attacker remembers
 REORDER_DELAY_S = 0.03  # long enough for a later datagram to overtake
 IDLE_S = 0.2  # how soon the thread sees that it is to end
 
@@ -76,6 +77,7 @@ class UdpProxy:
         self._order = itertools.count()
         self._late: list[tuple[float, int, Send, bytes]] = []
         self._has_to_rebind = False
+        self._heard: deque[bytes] = deque(maxlen=MAX_HEARD)
         self._is_over = False
         self._thread = threading.Thread(target=self._run, name="udp proxy", daemon=True)
 
@@ -90,6 +92,14 @@ class UdpProxy:
     def rebind(self) -> None:
         """Speak to the receiver from other ports from now on."""
         self._has_to_rebind = True
+
+    def replay(self) -> int:
+        """Send the receiver again, from a port of our own, what it was sent lately; return how many datagrams."""
+        heard = list(self._heard)
+        with self._socket() as sock:
+            for data in heard:
+                sock.sendto(data, self._receiver)
+        return len(heard)
 
     def _socket(self) -> socket.socket:
         with self._place.entered():
@@ -115,6 +125,7 @@ class UdpProxy:
         except OSError:  # an ICMP error of the other side, or a socket just thrown away
             return
         if client is None:
+            self._heard.append(data)
             self._pass_on("up", self.up, data, self._towards_receiver(sender).send)
         else:
             self._pass_on("down", self.down, data, lambda datagram: self._front.sendto(datagram, client))
