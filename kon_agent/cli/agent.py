@@ -16,7 +16,7 @@ import click
 import msgspec
 
 from kon_agent import __version__
-from kon_agent.cli import client, tables
+from kon_agent.cli import DEFAULT_CONFIG, client, tables
 from kon_agent.cli.spool import spool
 from kon_agent.config.load import check as check_file
 from kon_agent.config.load import load
@@ -33,7 +33,6 @@ from kon_agent.control_protocol import (
 )
 from kon_agent.errors import ConfigError, ControlError, KonError, NoData
 
-DEFAULT_CONFIG = "/etc/kon-agent/agent.yaml"
 EPILOG = 'Completion for bash: eval "$(_KON_AGENT_COMPLETE=bash_source kon-agent)"'
 
 Command = TypeVar("Command", bound=Callable[..., None])

@@ -11,12 +11,10 @@ from typing import TypeVar
 import click
 import msgspec
 
-from kon_agent.cli import tables
+from kon_agent.cli import DEFAULT_CONFIG, tables
 from kon_agent.config.load import load
 from kon_agent.config.schema import Config
 from kon_agent.spool.inspection import Inspection, SegmentReport, inspect
-
-DEFAULT_CONFIG = "/etc/kon-agent/agent.yaml"
 
 Command = TypeVar("Command", bound=Callable[..., None])
 

@@ -19,23 +19,21 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 
 from kon_agent.errors import SpoolError
-from kon_agent.spool import segment, survey
-from kon_agent.spool.disk import BLOCK_BYTES, NAME_BYTES, Disk, in_words, on_disk
-from kon_agent.spool.frame import HEAD_BYTES, Entry
+from kon_agent.spool import quota, segment, survey
+from kon_agent.spool.disk import Disk, in_words, on_disk
+from kon_agent.spool.frame import Entry
 from kon_agent.spool.inventory import Inventory, raise_to
 from kon_agent.spool.limits import MIN_BYTES, Limits
 from kon_agent.spool.portion import Portion, cut
-from kon_agent.spool.reader import Chunk, Reader, records_before
-from kon_agent.spool.segment import MAX_INDEX_BYTES, Contents, Reason, Segment, Stream
+from kon_agent.spool.reader import Chunk, Reader
+from kon_agent.spool.segment import Contents, Reason, Segment, Stream
+from kon_agent.spool.takeover import take_over
 from kon_agent.spool.writer import Writer
 
 __all__ = ["Chunk", "Limits", "Reason", "Spool"]
 
 log = logging.getLogger(__name__)
 
-# Kept free so that what remains of a segment can be declared lost before it is removed: in a new segment at the worst
-RESERVE_BYTES = on_disk(3 * (HEAD_BYTES + MAX_INDEX_BYTES)) + BLOCK_BYTES
-STATE_BYTES = on_disk(HEAD_BYTES + MAX_INDEX_BYTES)
 MAX_CARRIED = 64  # losses handed on from segment to segment: they must not fill the spool
 MAX_EXPIRED_AT_ONCE = 4  # segments removed for their age by one `store`: each costs a sync
 MAX_EVICTED_AT_ONCE = 1024  # by one `store`: a quota of 1 GiB can be halved at a start
@@ -104,38 +102,7 @@ class Spool:
     def resume(self, number: int, position: int) -> None:
         """Go on where a predecessor has come to: segment `number` is acknowledged up to `position`, a chunk's end."""
         self._next_number = max(self._next_number, number + 1)
-        for older in self._inventory:
-            if older.number < number and not older.disk_bytes:  # not vanished: acknowledged
-                self._inventory.settle_all(older)
-                self._inventory.forget(older)
-        known = self._inventory.get(number)
-        if known is None or known.contents is None:
-            return
-        if known.fate is not None and position > known.size:
-            self._inventory.settle_all(known)
-            self._inventory.forget(known)
-            return
-        try:
-            if position >= known.size:
-                self._resume_at_end(known, position - known.size)
-                return
-            data = self._disk.read(segment.name_of(number), 0, position)
-        except (OSError, SpoolError) as err:
-            log.error("segment %d cannot be read: %s; what it held is sent again", number, err)
-            return
-        self._inventory.acknowledge(known, records_before(data, known))
-        known.acked_offset = position
-
-    def _resume_at_end(self, known: Segment, told: int) -> None:
-        """Every record that can be read is acknowledged, and so are `told` of the losses behind them."""
-        self._reader.load(known)
-        carried, lost = self._reader.losses()
-        self._reader.reset()
-        left = lost[max(0, told - len(carried)) :]
-        self._inventory.settle_all(known, left)
-        known.acked_offset = known.size
-        if told >= len(carried) and not left:
-            self._inventory.forget(known)
+        take_over(self._disk, self._inventory, number, position)
 
     def close(self) -> None:
         """Finish the segment being written and note what it holds; losing this costs exactness, not records."""
@@ -244,17 +211,12 @@ class Spool:
         active = self._writer.segment.disk_bytes if self._writer.segment else 0
         return self._inventory.disk_bytes() + active
 
-    def _quota(self) -> int:
-        """Return how much of `max_bytes` segments may take: not the folder itself, its lock, the state file."""
-        folder = on_disk(BLOCK_BYTES + NAME_BYTES * self._inventory.name_count())
-        return self._limits.max_bytes - folder - BLOCK_BYTES - STATE_BYTES
+    def _room(self) -> int:
+        """Return what segments may still take, the reserve included."""
+        return quota.for_segments(self._limits, self._inventory.name_count()) - self._segment_bytes()
 
     def _cost(self, portions: Sequence[Portion]) -> int:
-        """Return what `portions` take on disk at most: each may begin a segment, which repeats the last one's index."""
-        last = self._writer.segment or self._inventory.newest()
-        index = last.contents.index_bytes if last and last.contents else 0
-        index = min(MAX_INDEX_BYTES, index + sum(portion.index_bytes for portion in portions))
-        return sum(on_disk(portion.size + 2 * (HEAD_BYTES + index)) + BLOCK_BYTES for portion in portions)
+        return quota.cost(portions, self._writer.segment or self._inventory.newest())
 
     def _make_room(self, need: int, now_s: float) -> None:
         """Evict the oldest segments until `need` more bytes fit.
@@ -263,10 +225,11 @@ class Spool:
             SpoolError: they cannot be made to.
             OSError: the losses cannot be written.
         """
-        if need + RESERVE_BYTES > self._quota():
+        need += quota.RESERVE_BYTES
+        if need > self._room() + self._segment_bytes():
             raise SpoolError(f"cache.max_size {self._limits.max_bytes} has no room for {need} bytes at once; raise it")
         for _ in range(MAX_EVICTED_AT_ONCE):
-            if self._segment_bytes() + need + RESERVE_BYTES <= self._quota():
+            if need <= self._room():
                 return
             victim = next((known for known in self._inventory if not self._is_in_flight(known)), None)
             if victim is not None:
@@ -315,8 +278,7 @@ class Spool:
 
     def _has_room_for(self, losses: Portion) -> bool:
         """Whether the reserve takes them; it does unless segments are tiny. Above a quota that shrank, all is room."""
-        held = self._segment_bytes()
-        return held + self._cost([losses]) <= self._quota() or held > self._quota()
+        return self._cost([losses]) <= self._room() or self._room() < 0
 
     # Reading.
 

@@ -40,7 +40,8 @@ def cut(entries: Sequence[Entry], segment_bytes: int) -> list[Portion]:
         plugin, seq, payload_bytes = entry.plugin, entry.seq, len(entry.payload)
         stream = (plugin, entry.epoch)
         is_next = following.get(stream) == seq and not entry.reason and payload_bytes <= MAX_PAYLOAD_BYTES
-        length = HEAD_BYTES + len(plugin) * 4 + payload_bytes + ALIGN  # four bytes a character at most
+        name_bytes = len(plugin) if plugin.isascii() else len(plugin.encode())
+        length = HEAD_BYTES + name_bytes + payload_bytes + ALIGN
         cost = 0 if is_next else _checked(entry)
         if at > begin and (size + length > limit or index + cost > MAX_INDEX_BYTES):
             portions.append(Portion(entries[begin:at], size, index))
