@@ -32,7 +32,7 @@ CONNECT_DEADLINE_S = 10.0  # handshake and welcome, on a link with a second of d
 STAGGER_S = 0.25  # between the addresses of one server (RFC 8305 section 5)
 MAX_ADDRESSES = 4  # of one server
 RECONNECT_BASE_S = 0.5
-RECONNECT_MAX_S = 30.0
+RECONNECT_MAX_S = 10.0  # of an outage only so much is added; a herd of thousands is spread over it by the jitter
 GO_BACK_EVERY_S = 60.0  # how often a preferred server that failed is tried while another serves
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from tests.fault.conftest import Matrix
 from tests.support.faults import LOAD, RATE, Case, times
+from tests.support.udp_proxy import Weather
 from tests.support.waiting import wait_for
 
 DEATHS = times(2, 3)  # of one child in one run: at five within a minute its breaker would rest for another
@@ -56,7 +57,8 @@ def kill_worker(case: Case, plugin: str) -> None:
 
 def test_the_sender_is_killed_while_connected(matrix: Matrix) -> None:
     """Its successor reads on from the committed tails: what was in flight arrives twice at most, and is refused."""
-    case = matrix.case("sender killed, idle or mid-batch")
+    case, proxy = matrix.case_over_proxy("sender killed, mid-batch")
+    proxy.up = proxy.down = Weather(delay_s=0.05)  # so that there is always one
     for _ in range(times(1, 20)):
         case.start()
         case.is_up()
