@@ -227,7 +227,7 @@ def test_the_wall_clock_is_stepped(matrix: Matrix) -> None:
     case.is_up()
     case.receiver.stop()
     with file.open("r+b", buffering=0) as clock:
-        for days in [*times(1, 10) * [1, -1, 0], 1]:
+        for days in times(1, 10) * [1, -1]:
             os.pwrite(clock.fileno(), (days * DAY_NS).to_bytes(8, sys.byteorder, signed=True), 0)
             case.line.injections += 1
             case.wait_produced(RATE)
