@@ -87,11 +87,13 @@ class Book:
 
     def wait_writing(self, plugin: str, deadline_s: float = 5.0) -> None:
         """Return while the worker of a plugin is in the middle of a cycle's records, by looking without a pause."""
-        ring = next(ring for of, name, ring in reversed(self._rings.values()) if (of, name) == (self._run, plugin))
         deadline = time.monotonic() + deadline_s
-        before = ring[32:40]  # word 4: produced
-        while ring[32:40] == before and time.monotonic() < deadline:
-            pass
+        while time.monotonic() < deadline:
+            ring = next(ring for of, name, ring in reversed(self._rings.values()) if (of, name) == (self._run, plugin))
+            before, until = ring[32:40], time.monotonic() + 0.3  # word 4: produced; a dead worker's ring stays as it is
+            while time.monotonic() < until:
+                if ring[32:40] != before:
+                    return
 
     def by_plugin(self, counts: Mapping[str, int]) -> Counter[str]:
         """Return the sum of counts by epoch over the epochs of each plugin."""
