@@ -17,10 +17,8 @@ Invariants:
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
-import mmap
 import os
 import struct
 from collections import deque
@@ -31,6 +29,7 @@ from pathlib import Path
 from kon_agent.bpf import interfaces, layout, libbpf
 from kon_agent.bpf.layout import EgressMode, IngressMode, Interface
 from kon_agent.errors import BpfError
+from kon_agent.linux.memory import map_memory
 
 _PACKAGED = Path(__file__).parent / "objects" / "kon_net.bpf.o"  # in a wheel
 _IN_CHECKOUT = Path(__file__).parents[2] / "ebpf" / "kon_net.bpf.o"
@@ -88,7 +87,7 @@ class NetCounters:
         fds = _load_fds(library, path)
         try:
             library.freeze(fds["counters"], "counters")
-            counters = _map_read_only(fds["counters"], layout.COUNTERS_BYTES)
+            counters = _map_counters(fds["counters"])
         except BpfError:
             _close(fds.values())
             raise
@@ -264,17 +263,12 @@ def _load_error(path: str, message: str, log: libbpf.Log) -> BpfError:
     return BpfError(f"cannot load BPF object {path}: {said}{advice}", number)
 
 
-def _map_read_only(fd: int, size: int) -> memoryview:
-    """Map a frozen map for reading, without keeping an fd: Python's own mmap holds a duplicate of it."""
-    c = ctypes.CDLL(None, use_errno=True)
-    c.mmap.restype = ctypes.c_void_p
-    c.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    address = c.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
-    if address in (None, ctypes.c_void_p(-1).value):  # MAP_FAILED
-        number = ctypes.get_errno()
-        raise BpfError(f"cannot map the counters, {size} bytes: {libbpf.errno_text(number)}", number)
-    # Never unmapped: it is needed as long as the process, and readers may outlive this object.
-    return memoryview((ctypes.c_ubyte * size).from_address(address)).cast("B").toreadonly()
+def _map_counters(fd: int) -> memoryview:
+    """Map the frozen counters for reading; never unmapped: readers may outlive the object they came from."""
+    try:
+        return map_memory(fd, layout.COUNTERS_BYTES, writable=False)
+    except OSError as err:
+        raise BpfError(f"cannot map the counters: {err}", err.errno or 0) from err
 
 
 def _printable(name: str) -> str:

@@ -24,6 +24,7 @@ from kon_agent.bpf import layout, libbpf, net
 from kon_agent.bpf.layout import Interface
 from kon_agent.bpf.net import NetCounters
 from kon_agent.errors import BpfError
+from kon_agent.linux import memory
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf, pytest.mark.netns]
 
@@ -391,7 +392,7 @@ def test_nothing_stays_attached_after_sigkill(link: Any, counters: NetCounters, 
 def test_the_mapping_can_not_become_writable(link: Any, counters: NetCounters) -> None:
     """A child's mprotect is refused with EACCES: the kernel took the right to write from a frozen map's mapping."""
     c = ctypes.CDLL(None, use_errno=True)
-    address = ctypes.addressof(ctypes.c_ubyte.from_buffer(counters.counters().obj))
+    address = memory._addresses[id(counters.counters())][0]
 
     def child() -> None:
         refused = c.mprotect(ctypes.c_void_p(address), mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE)
