@@ -99,8 +99,12 @@ class NetCounters:
         return self._cpus
 
     def counters(self) -> memoryview:
-        """Return the counters, read-only; children inherit the mapping and need no fd for it."""
+        """Return the counters, read-only, as this process sees them; its children do not."""
         return self._counters
+
+    def map_counters(self) -> memoryview:
+        """Map the counters once more, read-only, for who is to read them. Called in that child before the drop."""
+        return _map_counters(self._fds["counters"])
 
     def attachments(self) -> list[Attachment]:
         """Return every watched interface, in the order they were attached, with how and why."""
@@ -264,9 +268,12 @@ def _load_error(path: str, message: str, log: libbpf.Log) -> BpfError:
 
 
 def _map_counters(fd: int) -> memoryview:
-    """Map the frozen counters for reading; never unmapped: readers may outlive the object they came from."""
+    """Map the frozen counters for reading, by this process alone.
+
+    Never unmapped: readers may outlive the object they came from.
+    """
     try:
-        return map_memory(fd, layout.COUNTERS_BYTES, writable=False)
+        return map_memory(fd, layout.COUNTERS_BYTES, writable=False, inherit=False)
     except OSError as err:
         raise BpfError(f"cannot map the counters: {err}", err.errno or 0) from err
 

@@ -71,13 +71,15 @@ class Backlog:
         self._report = SpoolReport.decode(data) if data is not None else SpoolReport()
         self._write_trouble = seat.obstacle
         self._read_trouble = ""
+        self._is_told = False  # that there is no folder
         self._is_kept = False  # whether the last attempt to keep records succeeded
 
     def open(self, wall_s: float) -> None:
         """Take the folder and learn what it holds; a predecessor's progress is taken over."""
         if self._folder is None:
-            if not self._retry_at_ns:  # told once
+            if not self._is_told:
                 log.warning("no spool: %s; records of an outage stay in the rings", self._write_trouble)
+                self._is_told = True
             self.publish()
             return
         try:
@@ -112,11 +114,32 @@ class Backlog:
         except SpoolError as err:
             self._fail_to_write(str(err), now_ns)
             return False
-        if self._write_trouble:
-            log.info("the spool works again")
-        self._retry_at_ns, self._write_trouble, self._is_kept = 0, "", True
+        self._recover()
+        self._is_kept = True
         self.publish()
         return True
+
+    def retry(self, now_ns: int, wall_s: float) -> None:
+        """Try a disk again that has failed, though there is nothing to keep: somebody may be waiting to see it work."""
+        if not self._write_trouble or self._folder is None or now_ns < self._retry_at_ns:
+            return
+        if self._spool is None:
+            self.open(wall_s)
+            self._retry_at_ns = now_ns + int(RETRY_S * NS_PER_S)
+            if self._spool is not None:
+                log.info("the spool works again")
+            return
+        try:
+            self._spool.probe()
+        except SpoolError as err:
+            self._fail_to_write(str(err), now_ns)
+        else:
+            self._recover()
+
+    def _recover(self) -> None:
+        if self._write_trouble:
+            log.info("the spool works again")
+        self._retry_at_ns, self._write_trouble = 0, ""
 
     def _fail_to_write(self, why: str, now_ns: int) -> None:
         if why != self._write_trouble:

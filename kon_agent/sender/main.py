@@ -183,6 +183,7 @@ class Sender:
                 self._shelve(self._lanes.values())
             elif self._flush is None and any(lane.unread_bytes() for lane in self._lanes.values()):
                 self._pump()  # a doorbell that was not heard, or a record that was not visible yet
+            self._backlog.retry(now_ns, clock.wall_ns() / clock.NS_PER_S)
             self._backlog.show(self._connector.is_connected)
 
     def _is_offline(self, now_ns: int) -> bool:

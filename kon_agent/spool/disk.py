@@ -143,8 +143,10 @@ class Folder:
             view = view[os.write(fd, view) :]
 
     def sync(self, fd: int) -> None:
-        """Make what was written durable."""
+        """Make what was written durable; a file that somebody has removed meanwhile never is."""
         os.fdatasync(fd)
+        if not os.fstat(fd).st_nlink:
+            raise FileNotFoundError(errno.ENOENT, "the file being written was removed by somebody else")
 
     def truncate(self, fd: int, length: int) -> None:
         """Cut a file back to `length` bytes."""

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 
 from kon_agent.errors import SpoolError
 from kon_agent.spool import quota, segment, survey
-from kon_agent.spool.disk import Disk, in_words, on_disk
+from kon_agent.spool.disk import BLOCK_BYTES, Disk, in_words, on_disk
 from kon_agent.spool.frame import Entry
 from kon_agent.spool.inventory import Inventory, raise_to
 from kon_agent.spool.limits import MIN_BYTES, Limits
@@ -149,11 +149,36 @@ class Spool:
             except OSError as err:
                 raise SpoolError(in_words(err)) from err
 
+    def probe(self) -> None:
+        """Find out whether the disk takes data, by giving it a file and taking it back.
+
+        Raises:
+            SpoolError: it does not; why, in words for the operator.
+        """
+        try:
+            self._check_free(0)
+            if survey.PROBE in self._disk.names():  # a predecessor was killed here
+                self._disk.unlink(survey.PROBE)
+            if self._room() < BLOCK_BYTES:
+                return  # the quota is the limit, not the disk
+            fd = self._disk.create(survey.PROBE)
+            try:
+                self._disk.write(fd, b"\0")
+                self._disk.sync(fd)
+            finally:
+                self._disk.close(fd)
+                self._disk.unlink(survey.PROBE)
+        except OSError as err:
+            raise SpoolError(in_words(err)) from err
+
+    def _check_free(self, need: int) -> None:
+        if self._disk.free_bytes() - need < self._limits.min_free_bytes:
+            raise SpoolError(f"less than cache.min_free ({self._limits.min_free_bytes} bytes) is left; free some space")
+
     def _store(self, portions: Sequence[Portion], now_s: float) -> None:
         self._inventory.sweep()
         need = self._cost(portions)
-        if self._disk.free_bytes() - need < self._limits.min_free_bytes:
-            raise SpoolError(f"less than cache.min_free ({self._limits.min_free_bytes} bytes) is left; free some space")
+        self._check_free(need)
         self._give_up_condemned(now_s)
         self._make_room(need, now_s)
         before, first_new = self._writer.segment, self._next_number

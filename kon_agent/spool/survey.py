@@ -20,6 +20,7 @@ from kon_agent.spool.segment import MAX_INDEX_BYTES, Contents, Reason, Segment, 
 log = logging.getLogger(__name__)
 
 STATE = "state"  # what the last segment held, written when the spool is closed in order
+PROBE = "probe"  # a byte, to see whether the disk takes one; never there for long
 END_BYTES = MAX_INDEX_BYTES + 2 * HEAD_BYTES  # enough for a header or summary frame
 
 

@@ -19,6 +19,7 @@ from kon_agent.clock import NS_PER_S
 from kon_agent.config.schema import Config
 from kon_agent.config.server import parse_server
 from kon_agent.errors import SpoolError
+from kon_agent.lifecycle import State
 from kon_agent.linkreport import LinkReport
 from kon_agent.linux.privileges import User
 from kon_agent.process import Child, Profile, Role, spawn
@@ -37,6 +38,7 @@ START_PATIENCE_S = 30.0  # importing the QUIC stack on a slow SD card
 EXIT_GRACE_S = 1.0  # beyond the time it was given to deliver
 CLAIM_PATIENCE_S = 5.0  # an orphaned sender writes its rings to disk and exits; a slow disk takes its time
 CLAIM_INTERVAL_S = 0.1
+FOLDER_RETRY_S = 30.0  # how often the spool's folder is looked for again; having it takes a new sender
 SENDER_NOFILE = 256  # a socket and a few files; two more for each ring while it is being mapped
 
 
@@ -73,6 +75,8 @@ class Courier(Supervised):
         self._orders: socket.socket | None = None
         self._gone_wall_ns = clock.wall_ns()
         self._is_deaf = False
+        self._is_homeless = False  # the sender runs without the spool's folder
+        self._look_for_folder_ns = 0
         self._page = SharedPage("kon-link", linkreport.REPORT_BYTES)
         self._spool_page = SharedPage("kon-spool", spoolreport.REPORT_BYTES)
 
@@ -142,6 +146,8 @@ class Courier(Supervised):
         ours, theirs = channel.pair()
         config, parts = self.config, self._parts
         folder_fd, obstacle = self._open_spool()
+        self._is_homeless = folder_fd < 0
+        self._look_for_folder_ns = now_ns + int(FOLDER_RETRY_S * NS_PER_S)
         cache = config.cache
         limits = Limits(int(cache.max_size), float(cache.max_age), int(cache.min_free))
         role = Role(
@@ -197,7 +203,18 @@ class Courier(Supervised):
         """Note its heartbeat; replace it where it does not take its orders: one lost could be a ring never read."""
         if self._is_deaf:
             self.kill("it does not take its orders", now_ns)
+        if self._is_homeless and self.lifecycle.state is State.RUNNING and now_ns >= self._look_for_folder_ns:
+            self._look_for_folder(now_ns)
         super().look(now_ns, awake_since_ns)
+
+    def _look_for_folder(self, now_ns: int) -> None:
+        """Replace a sender that has no spool once there can be one: its folder is opened before the drop."""
+        self._look_for_folder_ns = now_ns + int(FOLDER_RETRY_S * NS_PER_S)
+        folder_fd, _ = self._open_spool()
+        if folder_fd >= 0:
+            os.close(folder_fd)
+            log.info("the spool's folder can be had now: a new sender takes it")
+            self.restart(now_ns)
 
     def _ask_to_stop(self) -> None:
         self._order(Order("stop", timeout_s=float(self.config.shutdown_timeout)))

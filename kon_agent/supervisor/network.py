@@ -84,7 +84,7 @@ class NetworkWatch:
         """Return the shared memory of the `ebpf` plugin. Called in its worker before the drop."""
         if self._counters is None or self._page is None:
             return {}
-        return {"counters": self._counters.counters(), "interfaces": self._page.map_readonly()}
+        return {"counters": self._counters.map_counters(), "interfaces": self._page.map_readonly()}
 
     def close(self) -> None:
         """Detach everything."""

@@ -133,3 +133,13 @@ def test_a_lock_is_taken_where_its_pid_cannot_be_written(
     fd = os.open(tmp_path, os.O_RDONLY)
     assert 0 == lock.holder(fd)
     os.close(fd)
+
+
+def test_a_file_removed_by_somebody_else_is_not_durable(folder: Folder) -> None:
+    """What goes into a file that has no name any more would be gone with its descriptor: syncing it fails."""
+    fd = folder.create("a")
+    folder.write(fd, b"0")
+    folder.unlink("a")
+    with pytest.raises(FileNotFoundError, match="removed by somebody else"):
+        folder.sync(fd)
+    folder.close(fd)

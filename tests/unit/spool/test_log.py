@@ -18,7 +18,7 @@ from kon_agent.spool.frame import HEAD_BYTES, Entry, Kind, scan
 from kon_agent.spool.limits import MIN_BYTES, Limits
 from kon_agent.spool.log import CLOCK_SET_S, Reason, Spool
 from kon_agent.spool.reader import MAX_LOSSES, MAX_RUNS, PATIENCE
-from tests.support.faulty_disk import Crash, Fault, FaultyDisk
+from tests.support.faulty_disk import Crash, Fault, FaultyDisk, File
 from tests.support.spooling import members
 
 LIMITS = Limits(MIN_BYTES, max_age_s=100, min_free_bytes=0)
@@ -655,3 +655,41 @@ def test_quiet_when_healthy(caplog: pytest.LogCaptureFixture) -> None:
         spool.close()
         drained(opened(disk))
     assert [] == caplog.records
+
+
+# Trying a disk.
+
+
+def test_a_probe_leaves_nothing_behind() -> None:
+    """A disk that takes a byte again is found out about without changing what the spool holds."""
+    disk = FaultyDisk()
+    spool = opened(disk)
+    spool.probe()
+    disk.files["probe"] = File(bytearray(b"x"))  # a predecessor was killed at it
+    spool.probe()
+    assert "probe" not in disk.files
+
+
+@pytest.mark.parametrize("kind", ["create", "write", "sync", "free"])
+def test_a_probe_says_what_is_wrong(kind: str) -> None:
+    """A disk that still refuses is said to, in the operator's words."""
+    disk = FaultyDisk()
+    spool = opened(disk)
+    disk.broken[kind] = errno.EROFS
+    with pytest.raises(SpoolError, match="Read-only file system"):
+        spool.probe()
+
+
+def test_records_survive_the_removal_of_the_file_being_written(tmp_path: Path) -> None:
+    """Somebody empties the folder while it is in use: what is stored from then on is kept, in a new segment."""
+    folder = Folder(os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY))
+    spool = Spool(folder, LIMITS)
+    spool.open(NOW_S)
+    spool.store(records(0, 5), NOW_S)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    spool.store(records(5, 5), NOW_S)
+    kept = drained(spool)
+    assert [5, 6, 7, 8, 9] == [entry.seq for entry in kept if not entry.is_loss]
+    assert Counter({("cpu", Reason.CORRUPT): 5}) == spool.dropped
+    folder.release()

@@ -22,7 +22,7 @@ from kon_agent.linkreport import LinkReport, LinkState
 from kon_agent.process import Child, Role
 from kon_agent.spec import SenderSpec
 from kon_agent.supervisor import courier as courier_module
-from kon_agent.supervisor.courier import EXIT_GRACE_S, SILENCE_MAX_S, START_PATIENCE_S, Courier, Parts
+from kon_agent.supervisor.courier import EXIT_GRACE_S, FOLDER_RETRY_S, SILENCE_MAX_S, START_PATIENCE_S, Courier, Parts
 from kon_agent.supervisor.sharedring import SharedRing
 from tests.unit.supervisor.fakes import START_NS, ended, fake_child, killed, sent
 
@@ -185,6 +185,25 @@ def test_without_a_folder_there_is_a_sender_all_the_same(sender: Sender) -> None
     assert sender.spec is not None
     assert (-1, 2, ()) == (sender.spec.spool.folder_fd, len(sender.roles[0].keep_fds), sender.roles[0].profile.write)
     assert "cannot be used" in sender.spec.spool.obstacle
+
+
+def test_a_folder_that_can_be_had_later_gets_its_sender(sender: Sender) -> None:
+    """It is looked for again every so often, and a sender that runs without one is replaced then, not before."""
+    obstacle = sender.folder / "spool"
+    obstacle.symlink_to("nowhere")
+    sender.courier.is_wanted = True
+    sender.courier.spawn(START_NS)
+    sender.report(alive_ns=START_NS)
+    later_ns = START_NS + int(FOLDER_RETRY_S * NS_PER_S)
+    sender.courier.look(later_ns - 1, later_ns)
+    sender.courier.look(later_ns, later_ns)
+    states = [sender.courier.lifecycle.state]
+    obstacle.unlink()
+    again_ns = later_ns + int(FOLDER_RETRY_S * NS_PER_S)
+    for now_ns in (again_ns - 1, again_ns):
+        sender.courier.look(now_ns, again_ns)
+        states.append(sender.courier.lifecycle.state)
+    assert [State.RUNNING, State.RUNNING, State.STOPPING] == states
 
 
 def test_a_sender_that_cannot_be_forked_leaves_no_descriptor(sender: Sender) -> None:
