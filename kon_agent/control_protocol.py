@@ -8,9 +8,11 @@ What each operation answers with:
 
     status                                                    Status
     plugins_list                                              list[PluginStatus]
-    plugin_info|enable|disable|restart|set_period             PluginStatus, after the change
+    plugin_info|enable|disable|restart|set_period|add|remove  PluginStatus, after the change
     reload                                                    Reload
     shutdown                                                  Stopping
+    upgrade                                                   Upgraded, by the code that has taken over
+    tap                                                       Tapping, and a descriptor for each ring it lists
 
 Invariants: a connection carries one request; neither side reads beyond its bound; a reader ignores fields it
 does not know, so that either side may be the newer one. Fields are only ever added. Shared by supervisor and
@@ -37,6 +39,9 @@ MAX_REQUEST_BYTES = 64 * 1024
 MAX_RESPONSE_BYTES = 4 * 1024 * 1024
 """A status takes about 1 KiB per plugin or interface: room for thousands, and a bound for whoever answers."""
 
+UPGRADE_TIMEOUT_S = 600.0
+"""An upgrade replaces one worker after the other, each at the right moment between its ticks: some 2 s each."""
+
 TIMEOUT_S = 10.0
 """Longest exchange: a worker may take its deadline (5 s by default) to end; twice that on a busy host."""
 
@@ -51,14 +56,18 @@ class Op(enum.Enum):
     PLUGIN_DISABLE = "plugin_disable"
     PLUGIN_RESTART = "plugin_restart"
     PLUGIN_SET_PERIOD = "plugin_set_period"
+    PLUGIN_ADD = "plugin_add"
+    PLUGIN_REMOVE = "plugin_remove"
     RELOAD = "reload"
     SHUTDOWN = "shutdown"
+    UPGRADE = "upgrade"
+    TAP = "tap"
 
 
 READ_ONLY = frozenset({Op.STATUS, Op.PLUGINS_LIST, Op.PLUGIN_INFO})
 """What anyone who reaches the socket may ask; the rest is for root and the socket's group."""
 
-NEEDS_PLUGIN = frozenset({Op.PLUGIN_INFO, Op.PLUGIN_ENABLE, Op.PLUGIN_DISABLE, Op.PLUGIN_RESTART, Op.PLUGIN_SET_PERIOD})
+NEEDS_PLUGIN = frozenset(op for op in Op if op.value.startswith("plugin_"))
 """What is about one plugin."""
 
 
@@ -68,14 +77,17 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     Attributes:
         op: the operation.
         plugin: the plugin it is about; given exactly where `op` is in NEEDS_PLUGIN.
-        persist: write the change into the configuration file as well.
+        persist: write the change into the configuration file as well; where that fails, nothing changes.
         period: the new period as the configuration writes it (`500ms`), for PLUGIN_SET_PERIOD.
+        settings: the new plugin's section, key to value, each value on one line as the configuration writes it, for
+            PLUGIN_ADD.
     """
 
     op: Op
     plugin: str | None = None
     persist: bool = False
     period: str | None = None
+    settings: dict[str, str] = {}
 
 
 class ServerStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,6 +108,13 @@ class ServerStatus(msgspec.Struct, frozen=True, kw_only=True):
     detail: str = ""
 
 
+class Death(msgspec.Struct, frozen=True, kw_only=True):
+    """One death of a worker: when (RFC 3339), and of what, in words (`killed by SIGKILL`)."""
+
+    when: str
+    reason: str
+
+
 class PluginStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One plugin: its process, and every term of the conservation law (DESIGN.md §2).
 
@@ -108,6 +127,13 @@ class PluginStatus(msgspec.Struct, frozen=True, kw_only=True):
         collect_ms: how long the latest cycle took.
         missed_ticks: cycles skipped because the one before was late.
         detail: why it is not running well; may be empty.
+        type: the plugin this is an instance of; mostly its own name.
+        origin: `built-in`, or where its code comes from.
+        period_s: seconds between its cycles, as things are; `configured_period_s` as its section has it.
+        priority: 0 to 100; what is paused first where the agent exceeds its limits.
+        memory_limit_bytes: memory of its own at which its worker is replaced.
+        rate_per_s: records a second, lately; None while that is unknown.
+        deaths: the latest ones, the oldest first.
     """
 
     name: str
@@ -131,6 +157,13 @@ class PluginStatus(msgspec.Struct, frozen=True, kw_only=True):
     missed_ticks: int = 0
     uptime_s: float | None = None
     detail: str = ""
+    type: str = ""
+    origin: str = ""
+    configured_period_s: float | None = None
+    priority: int | None = None
+    memory_limit_bytes: int | None = None
+    rate_per_s: float | None = None
+    deaths: list[Death] = []
 
 
 class SpoolStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -153,12 +186,42 @@ class SpoolStatus(msgspec.Struct, frozen=True, kw_only=True):
     detail: str = ""
 
 
+class StepStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One step of the governor.
+
+    Attributes:
+        at: when, RFC 3339.
+        step: `stretch`, `relax`, `pause` or `resume`.
+        plugin: who was paused or resumed; None where it is about all periods.
+        factor: of the periods since then.
+        reason: why.
+    """
+
+    at: str
+    step: str
+    plugin: str | None = None
+    factor: int = 1
+    reason: str = ""
+
+
 class ResourceStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole process tree: percent of one core, proportional set size, and the governor's level."""
+    """The whole process tree: percent of one core, proportional set size, and the governor's level.
+
+    Attributes:
+        cpu_percent: over the last ten seconds.
+        level: `normal`, `stretch_2`, `stretch_4` or `paused`.
+        cpu_limit_percent, memory_limit_bytes: the limits; 0 where a supervisor does not tell.
+        detail: what is done, or cannot be done, about the limits; empty when there is nothing to say.
+        steps: the latest steps, the oldest first.
+    """
 
     cpu_percent: float = 0.0
     pss_bytes: int = 0
     level: str = "normal"
+    cpu_limit_percent: float = 0.0
+    memory_limit_bytes: int = 0
+    detail: str = ""
+    steps: list[StepStatus] = []
 
 
 class InterfaceStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -187,10 +250,15 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Reload(msgspec.Struct, frozen=True, kw_only=True):
-    """What a reload touched and what it left running, by configuration section or `plugins.NAME`."""
+    """What a reload touched and what it left running, by configuration section or `plugins.NAME`.
+
+    Attributes:
+        waiting: what of the file takes effect when the agent is restarted, and differs from what it was started with.
+    """
 
     changed: list[str]
     unchanged: list[str]
+    waiting: list[str] = []
 
 
 class Stopping(msgspec.Struct, frozen=True, kw_only=True):
@@ -199,7 +267,50 @@ class Stopping(msgspec.Struct, frozen=True, kw_only=True):
     stopping: bool = True
 
 
-Result = Status | PluginStatus | Reload | Stopping | list[PluginStatus]
+class Upgraded(msgspec.Struct, frozen=True, kw_only=True):
+    """The installed code has taken over.
+
+    Attributes:
+        before, after: the versions.
+        pid: the supervisor's, which stays.
+        replaced: the plugins whose workers run the new code now.
+        missed_ticks: ticks nobody was there to keep, by plugin; those that missed none are left out.
+        troubled: plugins that do not run since, and why.
+        counters: what has become of the BPF programs: `kept` (they stayed attached), `anew`, or `none`.
+        took_s: seconds from the moment the new code took over.
+    """
+
+    before: str
+    after: str
+    pid: int
+    replaced: list[str] = []
+    missed_ticks: dict[str, int] = {}
+    troubled: dict[str, str] = {}
+    counters: str = "none"
+    took_s: float = 0.0
+
+
+class RingPlace(msgspec.Struct, frozen=True, kw_only=True):
+    """A ring whose records can be read as they pass; `epoch` tells it from every other ring."""
+
+    number: int
+    plugin: str
+    epoch: int
+    size_bytes: int
+
+
+class Tapping(msgspec.Struct, frozen=True, kw_only=True):
+    """The rings there are now.
+
+    Their descriptors ride along with the answer's first byte (SCM_RIGHTS, unix(7)), one each and in this order: the
+    producers' areas, opened read-only. They are the receiver's to close.
+    """
+
+    agent_id: str
+    rings: list[RingPlace]
+
+
+Result = Status | PluginStatus | Reload | Stopping | Upgraded | Tapping | list[PluginStatus]
 """What an answer may carry."""
 
 T = TypeVar("T")
@@ -256,7 +367,12 @@ def decode_request(line: bytes) -> Request:
 
 def encode_result(result: Result) -> bytes:
     """Return the line that answers a request that succeeded."""
-    return msgspec.json.encode(_Success(result=result)) + b"\n"
+    return msgspec.json.encode(_Success(result=result), enc_hook=_plain) + b"\n"
+
+
+def _plain(value: object) -> object:
+    """Return a number of a kind of its own, such as the configuration's sizes and durations, as the number it is."""
+    return int(value) if isinstance(value, int) else float(value) if isinstance(value, float) else str(value)
 
 
 def encode_error(error: ControlError) -> bytes:

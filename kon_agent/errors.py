@@ -37,6 +37,10 @@ class BpfError(KonError):
         self.errno = errno
 
 
+class PluginError(KonError):
+    """A plugin's code cannot be used: it is refused, does not import, or is not what a plugin is."""
+
+
 class RingError(KonError):
     """A ring's content is not what its producer may have written."""
 

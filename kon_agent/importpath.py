@@ -20,6 +20,16 @@ from types import ModuleType
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 _PACKAGE_HOME = os.path.dirname(_PACKAGE)
 
+_surveyed: tuple[int, list[ModuleType]] = 0, []
+"""How many modules there were at the last `survey`, and which of them are packages."""
+
+
+def survey() -> None:
+    """Note which modules are packages: looking at them all in each child would copy a megabyte of pages there."""
+    global _surveyed
+    modules = list(sys.modules.values())
+    _surveyed = len(modules), [module for module in modules if "__path__" in getattr(module, "__dict__", {})]
+
 
 def hold() -> dict[str, int]:
     """Open every place on `sys.path` that exists, and return its O_PATH descriptor by absolute name.
@@ -56,7 +66,8 @@ def adopt(held: Mapping[str, int]) -> tuple[int, ...]:
             moved[place] = f"/proc/self/fd/{fd}"
     sys.path[:] = [moved.get(place, place) for place in held if place != _PACKAGE]
     if moved:
-        for module in list(sys.modules.values()):
+        count, packages = _surveyed
+        for module in packages if count == len(sys.modules) else list(sys.modules.values()):
             _move_package(module, moved)
     return tuple(held[place] for place in moved)
 

@@ -18,6 +18,7 @@ Started without root, the user and the bounding set stay as they are and everyth
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import importlib
@@ -26,7 +27,7 @@ import resource
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -35,8 +36,10 @@ import setproctitle
 from kon_agent import importpath
 from kon_agent.errors import KonError, PrivilegeError
 from kon_agent.linux import landlock, privileges, seccomp
+from kon_agent.linux.executable import needed_to_run
 from kon_agent.linux.pidfd import PidFd
 from kon_agent.linux.privileges import User
+from kon_agent.linux.tasks import count_tasks
 
 WORKER_NOFILE = 64  # a collector reads one file at a time; the rest is head room for imports
 CRASH_EXIT = os.EX_SOFTWARE  # 70: the body raised; the traceback is on stderr
@@ -51,6 +54,7 @@ NETWORK_READ = (
     *("/run/systemd/resolve", "/run/resolvconf", "/run/NetworkManager"),
     *("/usr/share/ca-certificates", "/usr/local/share/ca-certificates", "/usr/share/pki"),
 )
+SCOPED_SIGNALS_ABI = 6  # of Landlock: from then on signals reach only what the process has started
 DNS_PORT = 53  # a name server's answer may be too long for a datagram (RFC 7766)
 
 
@@ -62,8 +66,13 @@ class Profile:
         read: files and folders to read, besides Python's own and the system's.
         write: folders to write beneath, by name or descriptor; they must exist, and belong to the role's user,
             before the spawn.
+        execute: programs to run, with what is needed to load them; `allow` must hold `exec`.
         allow: names of `seccomp.GROUPS`; `network` also opens what name resolution and certificates need.
+        can_connect_tcp: whether, with `network`, it may connect to any TCP port; otherwise to a name server's only.
         nofile: how many descriptors may be open.
+        max_processes: how many processes and threads its user may have more than now, for a role that makes some: they
+            are counted by user, so those of others come off; None for no limit.
+        data_bytes: memory it may have of its own, RLIMIT_DATA, in each of its processes; None for no limit.
         address_space_bytes: RLIMIT_AS, None for no limit.
         death_signal: what the kernel sends when the supervisor dies; None for a role that notices by itself
             (a pipe) and has work to finish.
@@ -71,8 +80,12 @@ class Profile:
 
     read: tuple[str, ...] = ()
     write: tuple[str | int, ...] = ()
+    execute: tuple[str, ...] = ()
     allow: frozenset[str] = frozenset()
+    can_connect_tcp: bool = False
     nofile: int = WORKER_NOFILE
+    max_processes: int | None = None
+    data_bytes: int | None = None
     address_space_bytes: int | None = None
     death_signal: signal.Signals | None = signal.SIGKILL
 
@@ -114,6 +127,7 @@ class Exit:
 
 def prepare_to_fork() -> None:
     """Collect garbage once and exempt what is left: no child's collection then copies a shared page."""
+    importpath.survey()
     gc.collect()
     gc.freeze()
 
@@ -145,6 +159,43 @@ def spawn(role: Role, argument: object = None, prepare: Callable[[], object] | N
             _live(role, prepare or (lambda: argument), has, parent_pid)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+    return _hold(pid)
+
+
+def launch(command: Sequence[str], keep_fds: Iterable[int], output_fd: int) -> Child:
+    """Run a program of ours with all our privileges, and nothing but these descriptors.
+
+    Args:
+        command: an absolute path and the arguments.
+        keep_fds: what it inherits besides the standard streams; its stdin is /dev/null.
+        output_fd: where what it says goes.
+
+    Raises:
+        OSError: it cannot be run, or no process or descriptor is left.
+    """
+    keep = list(keep_fds)
+    try:
+        for fd in keep:
+            os.set_inheritable(fd, True)
+        pid = os.posix_spawn(
+            command[0],
+            tuple(command),
+            os.environ,
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_DUP2, output_fd, 1),
+                (os.POSIX_SPAWN_DUP2, output_fd, 2),
+            ],
+            setpgroup=0,  # Ctrl-C is for us
+            setsigmask=(),
+        )
+    finally:
+        for fd in keep:
+            os.set_inheritable(fd, False)
+    return _hold(pid)
+
+
+def _hold(pid: int) -> Child:
     try:
         return Child(pid, PidFd(pid))
     except OSError:
@@ -153,17 +204,26 @@ def spawn(role: Role, argument: object = None, prepare: Callable[[], object] | N
         raise
 
 
-def reap() -> list[Exit]:
-    """Return every child that has ended since the last call; never waits."""
+def reap(leaders: Container[int] = ()) -> list[Exit]:
+    """Return every child that has ended since the last call; never waits.
+
+    Args:
+        leaders: pids of spawned children: what one of them has started and left behind is killed. Each leads a process
+            group, which its programs cannot leave (`seccomp`).
+    """
     ended: list[Exit] = []
     while True:
         try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
+            found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:  # no child at all
             return ended
-        if pid == 0:
+        if found is None:
             return ended
-        ended.append(_parse_status(pid, status))
+        if found.si_pid in leaders:
+            # Not reaped yet, so the number is still its own. One that died before setsid leads no group.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(found.si_pid, signal.SIGKILL)
+        ended.append(_parse_status(*os.waitpid(found.si_pid, 0)))
 
 
 def _parse_status(pid: int, status: int) -> Exit:
@@ -227,12 +287,13 @@ def _detach(role: Role) -> None:
     os.setsid()
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     _close_all_but(role.keep_fds)
-    os.chdir("/")
     os.umask(0o077)
     sys.dont_write_bytecode = True
     profile = role.profile
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_NOFILE, profile.nofile)
+    if profile.data_bytes is not None:
+        _limit(resource.RLIMIT_DATA, profile.data_bytes)
     if profile.address_space_bytes is not None:
         _limit(resource.RLIMIT_AS, profile.address_space_bytes)
 
@@ -267,6 +328,7 @@ def _drop(role: Role, had: privileges.Privileges, parent_pid: int) -> None:
     """Give up every privilege, for good, and prove it; in this order, as each step may undo others."""
     profile = role.profile
     places = importpath.hold()
+    os.chdir("/")  # not before: the current folder is no place to import from, but `hold` must know it
     libraries = _open_libraries()
     if had.can_drop_bounding_set:
         privileges.drop_bounding_set()
@@ -274,6 +336,8 @@ def _drop(role: Role, had: privileges.Privileges, parent_pid: int) -> None:
     if user is not None:
         privileges.change_user(user)
     privileges.clear_capabilities()
+    if profile.max_processes is not None:
+        _limit(resource.RLIMIT_NPROC, count_tasks(os.getuid()) + profile.max_processes)
     if profile.death_signal is not None:
         privileges.set_parent_death_signal(profile.death_signal)
         if os.getppid() != parent_pid:  # it died before the line above: nobody would tell us
@@ -292,15 +356,28 @@ def _drop(role: Role, had: privileges.Privileges, parent_pid: int) -> None:
 def _confine(profile: Profile, places: dict[str, int], libraries: list[int]) -> None:
     has_network = "network" in profile.allow
     network_read = NETWORK_READ if has_network else ()
-    landlock.restrict(
+    abi = landlock.restrict(
         read=(*places.values(), *libraries, *SYSTEM_READ, *network_read, *profile.read),
         write=profile.write,
-        connect_tcp=(DNS_PORT,) if has_network else (),
+        execute=[file for program in profile.execute for file in needed_to_run(program)],
+        connect_tcp=None if profile.can_connect_tcp else (DNS_PORT,) if has_network else (),
     )
     for fd in libraries:
         os.close(fd)
     importpath.adopt(places)
-    seccomp.apply(profile.allow)
+    signals = {"signals"} if "exec" in profile.allow and _has_scoped_signals(abi) else set[str]()
+    seccomp.apply(profile.allow | signals)
+
+
+def _has_scoped_signals(abi: int) -> bool:
+    """Whether signals reach only what this process starts: the kernel says so, and it is so with our own parent."""
+    if abi < SCOPED_SIGNALS_ABI:
+        return False
+    try:
+        os.kill(os.getppid(), 0)
+    except OSError:
+        return True
+    return False
 
 
 def _open_libraries() -> list[int]:
@@ -335,6 +412,13 @@ def _call(body: str, argument: object) -> int:
             return err.code or 0
         _complain(f"{err.code}\n")
         return 1
+
+
+def import_all(names: Sequence[str]) -> int:
+    """Be the body of a child that finds out whether these modules can be imported by who it has become."""
+    for name in names:
+        importlib.import_module(name)
+    return os.EX_OK
 
 
 def _complain(text: str) -> None:

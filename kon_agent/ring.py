@@ -149,7 +149,7 @@ class Producer:
         seq = self._seq
         self._seq = seq + 1
         self._words[4] = self._seq  # first, so that dying below is one record counted, not one forgotten
-        need = _record_bytes(len(payload))
+        need = record_bytes(len(payload))
         if need > self._size - (self._head - self._tail()):
             self._words[5] += 1
             return False
@@ -236,38 +236,17 @@ class Consumer:
             return None
         if not 0 < head - self.cursor <= self._size - (self.cursor - self.tally.tail) or head & 7:
             raise RingError(f"head {head} is impossible with cursor {self.cursor} and {self._size} bytes")
-        record = self._copy(head)
-        if record is None:
+        record = copy_record(self._data, self._size, self.cursor, head - self.cursor)
+        if record is None or record.seq < self.cursor_seq:
             if self._torn_since_ns is None:
                 self._torn_since_ns = now_ns
             if now_ns - self._torn_since_ns > TORN_PATIENCE_NS:
                 raise RingError(f"the record at {self.cursor} stays torn")
             return None
         self._torn_since_ns = None
-        self.cursor += _record_bytes(len(record.payload))
+        self.cursor += record_bytes(len(record.payload))
         self.cursor_seq = record.seq + 1
         return record
-
-    def _copy(self, head: int) -> Record | None:
-        available = head - self.cursor
-        if available < _RECORD.size:
-            return None
-        length, crc, seq = _RECORD.unpack(self._bytes(self.cursor, _RECORD.size))
-        if length > MAX_RECORD_BYTES or _record_bytes(length) > available:
-            return None
-        payload = self._bytes(self.cursor + _RECORD.size, length)
-        if zlib.crc32(payload, zlib.crc32(_CRC_PREFIX.pack(length, seq))) != crc:
-            return None
-        if not self.cursor_seq <= seq < _PLAUSIBLE_MAX:
-            return None
-        return Record(seq, payload)
-
-    def _bytes(self, position: int, length: int) -> bytes:
-        start = position & (self._size - 1)
-        room = self._size - start
-        if length <= room:
-            return bytes(self._data[start : start + length])
-        return bytes(self._data[start:]) + bytes(self._data[: length - room])
 
     def trailing_losses(self, full_in_flight: int) -> list[tuple[Drop, int]]:
         """Return what a dead producer lost after its last committed record; asked once the cursor stands at the head.
@@ -392,7 +371,35 @@ class Observer:
         return "".join(char if char.isprintable() else " " for char in text)
 
 
-def _record_bytes(length: int) -> int:
+def copy_record(data: memoryview, size_bytes: int, position: int, available: int) -> Record | None:
+    """Copy the record at a position out of a ring and return the copy; None where it is not one.
+
+    Args:
+        data: the records' part of the producer's area.
+        size_bytes: how much that is.
+        available: bytes from the position to the head.
+    """
+    if available < _RECORD.size:
+        return None
+    length, crc, seq = _RECORD.unpack(_copy(data, size_bytes, position, _RECORD.size))
+    if length > MAX_RECORD_BYTES or record_bytes(length) > available:
+        return None
+    payload = _copy(data, size_bytes, position + _RECORD.size, length)
+    if zlib.crc32(payload, zlib.crc32(_CRC_PREFIX.pack(length, seq))) != crc or seq >= _PLAUSIBLE_MAX:
+        return None
+    return Record(seq, payload)
+
+
+def _copy(data: memoryview, size_bytes: int, position: int, length: int) -> bytes:
+    start = position & (size_bytes - 1)
+    room = size_bytes - start
+    if length <= room:
+        return bytes(data[start : start + length])
+    return bytes(data[start:]) + bytes(data[: length - room])
+
+
+def record_bytes(length: int) -> int:
+    """Return how much of a ring a record takes whose payload has `length` bytes."""
     return (_RECORD.size + length + 7) & ~7
 
 

@@ -18,12 +18,17 @@ class Schedule:
     """
 
     def __init__(self, period_ns: int, origin_ns: int) -> None:
-        self._period_ns = period_ns
+        self.period_ns = period_ns
         self.due_ns = origin_ns + min(period_ns, FIRST_TICK_MAX_NS)
         self.missed = 0
 
+    def set_period(self, period_ns: int, now_ns: int) -> None:
+        """Tick every `period_ns` from the last tick on; a tick that would already have been comes now."""
+        self.due_ns = max(now_ns, self.due_ns - self.period_ns + period_ns)
+        self.period_ns = period_ns
+
     def advance(self, now_ns: int) -> None:
         """Go on to the first tick after `now_ns`; count those that have passed meanwhile as missed."""
-        late = max(0, now_ns - self.due_ns) // self._period_ns
+        late = max(0, now_ns - self.due_ns) // self.period_ns
         self.missed += late
-        self.due_ns += (late + 1) * self._period_ns
+        self.due_ns += (late + 1) * self.period_ns

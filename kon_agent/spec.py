@@ -6,6 +6,7 @@ Nothing is pickled: the child inherits these objects, its mappings already made,
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,18 @@ from kon_agent.credentials import Credentials
 from kon_agent.page import PageReader, PageWriter
 from kon_agent.ring import Producer
 from kon_agent.spool.limits import Limits
+
+ORDERS_BYTES = 8
+
+
+def encode_orders(period_ns: int) -> bytes:
+    """Return what a worker's page of orders holds: nanoseconds between its cycles."""
+    return period_ns.to_bytes(ORDERS_BYTES, sys.byteorder)
+
+
+def decode_orders(data: bytes) -> int:
+    """Return the period in a worker's page of orders."""
+    return int.from_bytes(data, sys.byteorder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +42,8 @@ class WorkerSpec:
         doorbell: eventfd that wakes the sender.
         grants: read-only shared memory by name.
         log: how to log.
+        orders: how often to run, as `decode_orders` reads it; it changes while the worker runs.
+        source: the code of a plugin that is a file.
     """
 
     name: str
@@ -38,6 +53,8 @@ class WorkerSpec:
     doorbell: int
     grants: Mapping[str, memoryview]
     log: LogConfig
+    orders: PageReader
+    source: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +88,8 @@ class SenderSpec:
         orders: the supervisor's channel.
         doorbell: eventfd the workers ring after publishing.
         report: the page the connection's state is shown in.
-        plugins: the plugins' names; a name's place is its slot in the spool's report.
+        plugins: the plugins' names; a name's place is its slot in the spool's report. Rings of others may follow: each
+            new name has the next slot.
         spool: the way to the spool.
         log: how to log.
     """

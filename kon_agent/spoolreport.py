@@ -3,16 +3,16 @@
     mode u8 | pad 3 | segments u32 | bytes u64 | oldest_s f64 | position: segment u64, offset u64 | detail 256 bytes
     64 slots: pending u64 | acked u64 | evicted u64 | corrupt u64 | expired u64 | rejected u64
 
-A slot belongs to a plugin by its place in the supervisor's list of names; the last one to all plugins that are only in
-the spool. Tallies count since the supervisor started; a successor goes on from them and from the position, so that a
-sender killed at any instant counts nothing twice.
+A slot belongs to a plugin's name for as long as the supervisor lives, whether or not the plugin is there (`Slots`); the
+last one to all names that have none. Tallies count since the supervisor started; a successor goes on from them and from
+the position, so that a sender killed at any instant counts nothing twice.
 """
 
 from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 SLOTS = 64
@@ -102,9 +102,36 @@ class SpoolReport:
         return cls(SpoolMode(mode), segments, _bounded(size), oldest_s, (number, offset), text, plugins)
 
 
-def slot_of(plugin: str, plugins: Sequence[str]) -> int:
-    """Return the slot of `plugin` in a supervisor's list of names."""
-    return plugins.index(plugin) if plugin in plugins[:OTHER] else OTHER
+class Slots:
+    """Which slot is whose. The supervisor gives them out, a sender learns them.
+
+    Args:
+        names: those that have one, in order.
+    """
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self._numbers: dict[str, int] = {}
+        for name in names:
+            self.give(name)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that have a slot, in order."""
+        return tuple(self._numbers)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no further name can have one."""
+        return len(self._numbers) >= OTHER
+
+    def give(self, name: str) -> None:
+        """Give `name` the next slot if it has none; there may be none left."""
+        if not self.is_full:
+            self._numbers.setdefault(name, len(self._numbers))
+
+    def of(self, name: str) -> int:
+        """Return the slot of `name`."""
+        return self._numbers.get(name, OTHER)
 
 
 def _bounded(word: int) -> int:

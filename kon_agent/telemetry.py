@@ -57,6 +57,26 @@ class PluginSample(msgspec.Struct, frozen=True):
     missed_ticks: int
 
 
+class GovernorSample(msgspec.Struct, frozen=True):
+    """What is done to keep the tree within its limits.
+
+    Attributes:
+        level: 0 nothing, 1 periods doubled, 2 periods times four, 3 plugins paused.
+        factor: of the periods.
+        paused: plugins that are paused.
+        steps: how many were taken since the supervisor started, by kind.
+        cpu_limit_percent: the limit, percent of one core.
+        memory_limit_bytes: the limit, bytes.
+    """
+
+    level: int
+    factor: int
+    paused: list[str]
+    steps: dict[str, int]
+    cpu_limit_percent: float
+    memory_limit_bytes: int
+
+
 class Telemetry(msgspec.Struct, frozen=True):
     """One publication.
 
@@ -65,12 +85,14 @@ class Telemetry(msgspec.Struct, frozen=True):
         processes: every process of the tree, the supervisor included.
         plugins: every plugin, running or not.
         server_state: the sender's connection, `connected` and so on.
+        governor: what is done about the limits; None from a supervisor that has no governor.
     """
 
     uptime_s: float
     processes: list[ProcessSample]
     plugins: list[PluginSample]
     server_state: str
+    governor: GovernorSample | None = None
 
 
 _ENCODER = msgspec.json.Encoder()

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import struct
 from collections import deque
@@ -26,7 +27,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kon_agent.bpf import interfaces, layout, libbpf
+from kon_agent.bpf import handover, interfaces, layout, libbpf
 from kon_agent.bpf.layout import EgressMode, IngressMode, Interface
 from kon_agent.errors import BpfError
 from kon_agent.linux.memory import map_memory
@@ -59,8 +60,11 @@ class _Watched:
 class NetCounters:
     """The loaded object. Make one with `load`; end it with `close`."""
 
-    def __init__(self, library: libbpf.Library, fds: dict[str, int], counters: memoryview, cpus: int) -> None:
+    def __init__(
+        self, library: libbpf.Library, fds: dict[str, int], counters: memoryview, cpus: int, digest: str = ""
+    ) -> None:
         self._library = library
+        self._digest = digest
         self._fds = fds
         self._counters = counters
         self._cpus = cpus
@@ -88,10 +92,54 @@ class NetCounters:
         try:
             library.freeze(fds["counters"], "counters")
             counters = _map_counters(fds["counters"])
+            digest = _digest(path)
         except BpfError:
             _close(fds.values())
             raise
-        return cls(library, fds, counters, cpus)
+        return cls(library, fds, counters, cpus, digest)
+
+    @classmethod
+    def adopt(cls, taken: handover.Counters, object_path: str | None = None) -> NetCounters | None:
+        """Go on with what another supervisor has loaded and attached, as long as our object is the same.
+
+        Returns:
+            None where it is another one: everything of the old one is detached then.
+
+        Raises:
+            BpfError: no object, no libbpf, or the counters cannot be mapped; everything is detached, too.
+        """
+        try:
+            library = libbpf.library()
+            if taken.digest != _digest(object_path or _default_object()):
+                taken.discard()
+                return None
+            counters = _map_counters(taken.fds["counters"])
+        except BpfError:
+            taken.discard()
+            raise
+        adopted = cls(library, dict(taken.fds), counters, library.possible_cpus(), taken.digest)
+        adopted._watched = {each.attachment.ifindex: _watched(each) for each in taken.watched}
+        adopted._free = deque(_slot(each) for each in taken.free)
+        for number, bucket in taken.buckets.items():
+            adopted._buckets[number] = list(bucket)
+        return adopted
+
+    def capture(self) -> handover.Counters:
+        """Return what `adopt` takes; it remains ours until we are no more."""
+        return handover.Counters(
+            digest=self._digest,
+            fds=self._fds,
+            watched=[
+                handover.Watched(
+                    attachment=watched.attachment,
+                    slot=None if watched.slot is None else _captured(watched.slot),
+                    link_fds=watched.link_fds,
+                )
+                for watched in self._watched.values()
+            ],
+            free=[_captured(slot) for slot in self._free],
+            buckets={number: bucket for number, bucket in enumerate(self._buckets) if any(map(any, bucket))},
+        )
 
     @property
     def cpus(self) -> int:
@@ -215,6 +263,26 @@ class NetCounters:
         bucket[owners.index(wanted)] = entry
         self._library.update(self._fds["interfaces"], "interfaces", number, b"".join(bucket))
         return True
+
+
+def _captured(slot: _Slot) -> handover.Slot:
+    ifindex, name = slot.owner
+    return handover.Slot(number=slot.number, ifindex=ifindex, name=os.fsencode(name), base=slot.base)
+
+
+def _slot(taken: handover.Slot) -> _Slot:
+    return _Slot(taken.number, (taken.ifindex, os.fsdecode(taken.name)), taken.base)
+
+
+def _watched(taken: handover.Watched) -> _Watched:
+    return _Watched(taken.attachment, None if taken.slot is None else _slot(taken.slot), taken.link_fds)
+
+
+def _digest(path: str) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as err:
+        raise BpfError(f"cannot read BPF object {path}: {err}", err.errno or 0) from err
 
 
 def _default_object() -> str:

@@ -6,37 +6,27 @@ with `--json` standard output holds JSON and nothing else. Only `run` imports th
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
-import msgspec
 
 from kon_agent import __version__
-from kon_agent.cli import DEFAULT_CONFIG, client, tables
+from kon_agent.cli import DEFAULT_CONFIG, tables, target
+from kon_agent.cli.authoring import available, new
+from kon_agent.cli.completion import completion
+from kon_agent.cli.plugins import plugins
 from kon_agent.cli.spool import spool
+from kon_agent.cli.tap import tap
+from kon_agent.cli.top import top
 from kon_agent.config.load import check as check_file
 from kon_agent.config.load import load
 from kon_agent.config.schema import Config
-from kon_agent.control_protocol import (
-    DEFAULT_SOCKET,
-    SOCKET_ENV,
-    Op,
-    PluginStatus,
-    Reload,
-    Request,
-    Status,
-    Stopping,
-)
-from kon_agent.errors import ConfigError, ControlError, KonError, NoData
+from kon_agent.control_protocol import UPGRADE_TIMEOUT_S, Op, Reload, Request, Status, Stopping, Upgraded
+from kon_agent.errors import ConfigError, ControlError, KonError
 
-EPILOG = 'Completion for bash: eval "$(_KON_AGENT_COMPLETE=bash_source kon-agent)"'
-
-Command = TypeVar("Command", bound=Callable[..., None])
-T = TypeVar("T")
+EPILOG = "Completion for bash: source <(kon-agent completion bash)"
 
 
 class _Commands(click.Group):
@@ -53,30 +43,6 @@ class _Commands(click.Group):
             ctx.exit(err.exit_code)
 
 
-def _config_option(command: Command) -> Command:
-    return click.option(
-        "-c",
-        "--config",
-        "config_file",
-        metavar="FILE",
-        help=f"The configuration. Default: {DEFAULT_CONFIG} if it exists, else built-in defaults.",
-    )(command)
-
-
-def _json_option(command: Command) -> Command:
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
-
-
-def _control_options(command: Command) -> Command:
-    socket = click.option(
-        "--socket",
-        "socket_path",
-        metavar="PATH",
-        help=f"The control socket. Default: that of -c FILE, else ${SOCKET_ENV}, else {DEFAULT_SOCKET}.",
-    )
-    return _json_option(_config_option(socket(command)))
-
-
 @click.group(cls=_Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="kon-agent")
 def main() -> None:
@@ -84,24 +50,33 @@ def main() -> None:
 
 
 @main.command()
-@_config_option
-def run(config_file: str | None) -> None:
+@target.config_option
+@click.option("--take-over", "given_fd", type=int, hidden=True)
+@click.option("--rehearse", "is_rehearsal", is_flag=True, hidden=True)
+def run(config_file: str | None, given_fd: int | None, is_rehearsal: bool) -> None:
     """Run the agent in the foreground, until SIGTERM or Ctrl-C."""
+    from kon_agent.examination import examine
+    from kon_agent.supervisor import rehearse
     from kon_agent.supervisor import run as supervise
 
-    path = _config_path(config_file)
-    sys.exit(supervise(load(path) if path else Config(), path))
+    path = target.config_path(config_file)
+    config = load(path, examine.at_boot, is_boot=True) if path else Config()
+    if given_fd is not None and is_rehearsal:
+        sys.exit(rehearse(config, given_fd))
+    sys.exit(supervise(config, path, given_fd))
 
 
 @main.command()
-@_config_option
+@target.config_option
 def check(config_file: str | None) -> None:
     """Validate the configuration; print every mistake with its place. Exit 78 if there is one."""
-    path = _config_path(config_file)
+    path = target.config_path(config_file)
     if path is None:
         click.echo(f"there is no {DEFAULT_CONFIG}: the built-in defaults apply")
         return
-    _, mistakes = check_file(path)
+    from kon_agent.examination import examine
+
+    _, mistakes = check_file(path, examine)
     for mistake in mistakes:
         click.echo(str(mistake), err=True)
     if mistakes:
@@ -110,30 +85,52 @@ def check(config_file: str | None) -> None:
 
 
 @main.command()
-@_control_options
+@target.control_options
 def status(socket_path: str | None, config_file: str | None, as_json: bool) -> None:
     """Show the agent, its server, plugins, interfaces and resources."""
-    answer = _ask(socket_path, config_file, Request(op=Op.STATUS), Status)
-    if not _print_json(answer, as_json):
+    answer = target.ask(socket_path, config_file, Request(op=Op.STATUS), Status)
+    if not target.print_json(answer, as_json):
         tables.print_status(answer, tables.console())
 
 
 @main.command()
-@_control_options
+@target.control_options
 def reload(socket_path: str | None, config_file: str | None, as_json: bool) -> None:
     """Read the configuration again and apply what changed."""
-    answer = _ask(socket_path, config_file, Request(op=Op.RELOAD), Reload)
-    if not _print_json(answer, as_json):
+    answer = target.ask(socket_path, config_file, Request(op=Op.RELOAD), Reload)
+    if not target.print_json(answer, as_json):
         click.echo("changed: " + ", ".join(answer.changed) if answer.changed else "nothing has changed")
+        for name in answer.waiting:
+            click.echo(f"{name}: takes effect when the agent is restarted")
 
 
 @main.command()
-@_control_options
+@target.control_options
 def shutdown(socket_path: str | None, config_file: str | None, as_json: bool) -> None:
     """Stop the agent: workers first, then the sender when it has delivered."""
-    answer = _ask(socket_path, config_file, Request(op=Op.SHUTDOWN), Stopping)
-    if not _print_json(answer, as_json):
+    answer = target.ask(socket_path, config_file, Request(op=Op.SHUTDOWN), Stopping)
+    if not target.print_json(answer, as_json):
         click.echo("kon-agent is stopping")
+
+
+@main.command()
+@target.control_options
+def upgrade(socket_path: str | None, config_file: str | None, as_json: bool) -> None:
+    """Let the code that is installed now take over from the running agent; no record is lost.
+
+    It is tried first: where it could not take over, the agent goes on as it was.
+    """
+    answer = target.ask(socket_path, config_file, Request(op=Op.UPGRADE), Upgraded, UPGRADE_TIMEOUT_S)
+    if not target.print_json(answer, as_json):
+        counters = {"kept": "; packet counters stayed attached", "anew": "; packet counters attached anew"}
+        missed = ", ".join(f"{name} missed {count}" for name, count in answer.missed_ticks.items()) or "no tick missed"
+        click.echo(f"kon-agent {answer.before} -> {answer.after}, pid {answer.pid}, in {answer.took_s:.1f} s")
+        replaced = ", ".join(answer.replaced) or "no worker"
+        click.echo(f"replaced: sender, {replaced}; {missed}{counters.get(answer.counters, '')}")
+    for name, reason in answer.troubled.items():
+        click.echo(f"warning: {tables.printable(name)} does not run: {tables.printable(reason)}", err=True)
+    if answer.troubled:
+        sys.exit(1)
 
 
 @main.command()
@@ -152,112 +149,13 @@ def demo(folder: Path | None, seconds: float | None) -> None:
     sys.exit(run_demo(folder, seconds))
 
 
+main.add_command(completion)
+main.add_command(plugins)
 main.add_command(spool)
-
-
-@main.group()
-def plugins() -> None:
-    """See and change what is collected."""
-
-
-@plugins.command("list")
-@_control_options
-def list_plugins(socket_path: str | None, config_file: str | None, as_json: bool) -> None:
-    """List the plugins with their processes and counters."""
-    answer = _ask(socket_path, config_file, Request(op=Op.PLUGINS_LIST), list[PluginStatus])
-    if not _print_json(answer, as_json):
-        tables.print_plugins(answer, tables.console())
-
-
-@plugins.command()
-@click.argument("name")
-@_control_options
-def info(name: str, socket_path: str | None, config_file: str | None, as_json: bool) -> None:
-    """Show everything known about one plugin."""
-    answer = _ask(socket_path, config_file, Request(op=Op.PLUGIN_INFO, plugin=name), PluginStatus)
-    if not _print_json(answer, as_json):
-        tables.print_plugin(answer, tables.console())
-
-
-@plugins.command()
-@click.argument("name")
-@_control_options
-def enable(name: str, socket_path: str | None, config_file: str | None, as_json: bool) -> None:
-    """Start a plugin's worker, until the agent ends or is told otherwise."""
-    _change(Op.PLUGIN_ENABLE, name, socket_path, config_file, as_json)
-
-
-@plugins.command()
-@click.argument("name")
-@_control_options
-def disable(name: str, socket_path: str | None, config_file: str | None, as_json: bool) -> None:
-    """End a plugin's worker, until the agent ends or is told otherwise."""
-    _change(Op.PLUGIN_DISABLE, name, socket_path, config_file, as_json)
-
-
-@plugins.command()
-@click.argument("name")
-@_control_options
-def restart(name: str, socket_path: str | None, config_file: str | None, as_json: bool) -> None:
-    """Replace a plugin's worker by a fresh one; closes its breaker."""
-    _change(Op.PLUGIN_RESTART, name, socket_path, config_file, as_json)
-
-
-@plugins.command()
-@click.argument("name")
-@_config_option
-@_json_option
-def test(name: str, config_file: str | None, as_json: bool) -> None:
-    """Run one collection here and print it; needs no running agent. With --json: a line per metric."""
-    from kon_agent.cli import trial
-
-    path = _config_path(config_file)
-    try:
-        metrics = trial.collect(name, load(path) if path else Config())
-    except NoData as reason:
-        click.echo(f"{name} has nothing to report here: {reason}", err=True)
-        return
-    if as_json:
-        for metric in metrics:
-            click.echo(msgspec.json.encode(metric))
-    else:
-        tables.print_metrics(metrics, tables.console())
-
-
-def _change(op: Op, name: str, socket_path: str | None, config_file: str | None, as_json: bool) -> None:
-    plugin = _ask(socket_path, config_file, Request(op=op, plugin=name), PluginStatus)
-    if not _print_json(plugin, as_json):
-        pid = "" if plugin.pid is None else f", pid {plugin.pid}"
-        click.echo(f"{tables.printable(plugin.name)}: {tables.printable(plugin.state)}{pid}")
-
-
-def _ask(socket_path: str | None, config_file: str | None, request: Request, result: type[T]) -> T:
-    return client.call(_socket_path(socket_path, config_file), request, result)
-
-
-def _socket_path(flag: str | None, config_file: str | None) -> str:
-    """A flag beats the environment, and both beat what is installed."""
-    if flag:
-        return flag
-    if config_file is not None:
-        return load(config_file).control.socket
-    if from_environment := os.environ.get(SOCKET_ENV):
-        return from_environment
-    if os.access(DEFAULT_CONFIG, os.R_OK):
-        config, _ = check_file(DEFAULT_CONFIG)  # a mistake in it is no reason not to find the agent
-        return config.control.socket if config else DEFAULT_SOCKET
-    return DEFAULT_SOCKET
-
-
-def _config_path(given: str | None) -> str | None:
-    """The file to read: the one given, else the installed one if there is one."""
-    return given or (DEFAULT_CONFIG if os.path.exists(DEFAULT_CONFIG) else None)
-
-
-def _print_json(result: object, wanted: bool) -> bool:
-    if wanted:
-        click.echo(msgspec.json.format(msgspec.json.encode(result), indent=2))
-    return wanted
+plugins.add_command(available)
+plugins.add_command(new)
+main.add_command(tap)
+main.add_command(top)
 
 
 if __name__ == "__main__":

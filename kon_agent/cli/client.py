@@ -20,15 +20,23 @@ from kon_agent.control_protocol import (
 from kon_agent.errors import ControlError
 
 _CHUNK_BYTES = 64 * 1024
+_MAX_FDS = 253  # SCM_MAX_FD, linux/net/scm.h: more never come with one answer
 
 T = TypeVar("T")
 
 
-def call(socket_path: str, request: Request, result: type[T], timeout_s: float = TIMEOUT_S) -> T:
+def call(
+    socket_path: str,
+    request: Request,
+    result: type[T],
+    timeout_s: float = TIMEOUT_S,
+    fds: list[int] | None = None,
+) -> T:
     """Ask the agent behind `socket_path` and return its answer as a `result`.
 
     Args:
         timeout_s: seconds for the whole exchange.
+        fds: takes the descriptors that ride along with the answer; they are the caller's to close, even after an error.
 
     Raises:
         ControlError: the agent's own error, or one of `not_running`, `permission_denied`, `timeout`,
@@ -39,7 +47,7 @@ def call(socket_path: str, request: Request, result: type[T], timeout_s: float =
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(timeout_s)
             connection.connect(socket_path)
-            line = _exchange(connection, encode_request(request), deadline)
+            line = _exchange(connection, encode_request(request), deadline, fds)
     except OSError as err:
         raise _explain(err, socket_path) from err
     if not line:
@@ -49,7 +57,7 @@ def call(socket_path: str, request: Request, result: type[T], timeout_s: float =
     return decode_response(line, result)
 
 
-def _exchange(connection: socket.socket, line: bytes, deadline: float) -> bytes:
+def _exchange(connection: socket.socket, line: bytes, deadline: float, fds: list[int] | None) -> bytes:
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused unread: the reason may wait
         connection.sendall(line)
     answer = bytearray()
@@ -59,7 +67,7 @@ def _exchange(connection: socket.socket, line: bytes, deadline: float) -> bytes:
             raise TimeoutError
         connection.settimeout(left)
         try:
-            chunk = connection.recv(_CHUNK_BYTES)
+            chunk = _receive(connection, fds)
         except ConnectionResetError:
             break  # what came before the reset is the answer
         if not chunk:
@@ -68,6 +76,14 @@ def _exchange(connection: socket.socket, line: bytes, deadline: float) -> bytes:
         if len(answer) > MAX_RESPONSE_BYTES:
             raise ControlError("bad_reply", f"the answer is longer than {MAX_RESPONSE_BYTES} bytes")
     return bytes(answer)
+
+
+def _receive(connection: socket.socket, fds: list[int] | None) -> bytes:
+    if fds is None:
+        return connection.recv(_CHUNK_BYTES)
+    chunk, received, _, _ = socket.recv_fds(connection, _CHUNK_BYTES, _MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+    fds += received
+    return chunk
 
 
 def _explain(err: OSError, path: str) -> ControlError:

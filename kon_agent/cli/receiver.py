@@ -118,7 +118,7 @@ def query(
 
     rows = [
         (
-            _time(each.ts_ns),
+            _time(each.ts_ns) + ("?" if each.clock_unsynced else ""),
             each.agent,
             each.plugin,
             each.name,

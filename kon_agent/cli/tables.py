@@ -12,15 +12,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, TextIO
 
-from kon_agent.control_protocol import InterfaceStatus, PluginStatus, SpoolStatus, Status
+from kon_agent.control_protocol import InterfaceStatus, PluginStatus, ResourceStatus, SpoolStatus, Status
 from kon_agent.metric import Metric
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+SHOWN_STEPS = 3
+"""Of the governor's latest steps; `--json` has them all."""
+
 PIPE_COLUMNS = 10_000
 """Width where there is no terminal: nothing that is going to be read by a program is cut."""
+
+MIN_HEADING = 4  # of a column of numbers: `RES…` is still known for what it is
+MIN_TEXT = 8  # of a text: a state, most of a name
 
 _COLOURS = {
     "running": "green",
@@ -41,7 +47,10 @@ def console(file: TextIO | None = None) -> Console:
 
 
 def print_plugins(plugins: Sequence[PluginStatus], out: Console, indent: int = 0) -> None:
-    """Print the plugins' table, and below it a line for each plugin that has something to explain."""
+    """Print the plugins' table, and below it a line for each plugin that has something to explain.
+
+    A terminal that is wide enough shows more columns behind those that are always there.
+    """
     rows = [
         (
             plugin.name,
@@ -67,7 +76,15 @@ def print_plugins(plugins: Sequence[PluginStatus], out: Console, indent: int = 0
         ">ACKED",
         ">DROPPED",
     ]
-    print_table(columns, rows, out, indent)
+    wide_columns = [*columns, ">UPTIME", "BREAKER", ">RATE"]
+    wide_rows = [
+        (*row, _age_or_dash(plugin.uptime_s), plugin.breaker, _rate(plugin.rate_per_s))
+        for row, plugin in zip(rows, plugins, strict=True)
+    ]
+    if out.is_terminal and _fits(wide_columns, wide_rows, out, indent):
+        print_table(wide_columns, wide_rows, out, indent)
+    else:
+        print_table(columns, rows, out, indent)
     for plugin in plugins:
         for note in _notes(plugin):
             out.print(f"{' ' * indent}{printable(plugin.name)}: {printable(note)}")
@@ -77,18 +94,27 @@ def print_plugin(plugin: PluginStatus, out: Console) -> None:
     """Print everything known about one plugin, a line each."""
     lost = ", ".join(f"{count} {reason}" for reason, count in sorted(plugin.dropped.items()) if count)
     ring = f"{size(plugin.ring_used_bytes)} of {size(plugin.ring_size_bytes)}"
+    every = period(plugin.period_s)
+    if plugin.configured_period_s not in (None, plugin.period_s):
+        every += f" (configured: {period(plugin.configured_period_s or 0.0)})"
     facts = [
         ("name", plugin.name),
+        ("type", plugin.type or plugin.name),
+        ("origin", plugin.origin or "-"),
         ("state", plugin.state + ("" if plugin.enabled else " (disabled)")),
         ("detail", plugin.detail or "-"),
         ("pid", _or_dash(plugin.pid)),
-        ("uptime", "-" if plugin.uptime_s is None else age(plugin.uptime_s)),
-        ("period", period(plugin.period_s)),
+        ("uptime", _age_or_dash(plugin.uptime_s)),
+        ("period", every),
         ("collect", "-" if plugin.collect_ms is None else f"{plugin.collect_ms:.1f} ms"),
         ("missed ticks", str(plugin.missed_ticks)),
         ("restarts", str(plugin.restarts)),
         ("last exit", plugin.last_exit or "-"),
+        *(("death", f"{death.when}  {death.reason}") for death in plugin.deaths),
         ("breaker", plugin.breaker),
+        ("priority", _or_dash(plugin.priority)),
+        ("memory limit", "-" if plugin.memory_limit_bytes is None else size(plugin.memory_limit_bytes)),
+        ("rate", _rate(plugin.rate_per_s)),
         ("produced", str(plugin.produced)),
         ("acked", str(plugin.acked)),
         ("in flight", str(plugin.in_flight)),
@@ -110,6 +136,7 @@ def print_status(status: Status, out: Console) -> None:
     if server.detail:
         out.print(f"           {printable(server.detail)}")
     out.print(f"resources  cpu {used.cpu_percent:.1f}% of a core  memory {size(used.pss_bytes)}  level {used.level}")
+    _print_governor(used, out)
     out.print(f"spool      {_spool(status.spool)}")
     if status.spool.detail:
         out.print(f"           {printable(status.spool.detail)}")
@@ -122,6 +149,16 @@ def print_status(status: Status, out: Console) -> None:
         out.print(f"warning: {printable(warning)}", style="yellow")
 
 
+def _print_governor(used: ResourceStatus, out: Console) -> None:
+    """Print what is done to stay within the limits, and the latest steps while anything is."""
+    if used.detail:
+        limits = f"cpu {used.cpu_limit_percent:g}%  memory {size(used.memory_limit_bytes)}"
+        out.print(f"           limits: {limits}; {printable(used.detail)}")
+    for step in used.steps[-SHOWN_STEPS:] if used.level != "normal" else ():
+        what = f"{step.step} {step.plugin}" if step.plugin else f"periods x{step.factor}"
+        out.print(f"           {printable(step.at)} {printable(what)}: {printable(step.reason)}")
+
+
 def print_metrics(metrics: Iterable[Metric], out: Console) -> None:
     """Print metrics, one per line: name, labels, value."""
     rows = [(metric.name, labels(metric.labels), f"{metric.value:.15g}") for metric in metrics]
@@ -131,14 +168,14 @@ def print_metrics(metrics: Iterable[Metric], out: Console) -> None:
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], out: Console, indent: int = 0) -> None:
     """Print rows under their headings; a heading that begins with `>` is a column of numbers.
 
-    Columns stand two spaces apart, or one where the terminal is too narrow for that; what is too wide even
-    then ends in an ellipsis.
+    Columns stand two spaces apart, or one where the terminal is too narrow for that. Where even that is too wide,
+    headings of numbers end in an ellipsis first, then texts; numbers last.
     """
     cells = [[printable(cell) for cell in row] for row in rows]
-    table = _table(columns, cells, gap=2)
-    unbounded = out.options.update(width=PIPE_COLUMNS)  # a measurement never exceeds the width it is given
-    if out.measure(table, options=unbounded).maximum > out.width - indent:
-        table = _table(columns, cells, gap=1)
+    room = out.width - indent
+    widths = _widths(columns, cells)
+    gap = 2 if sum(widths) + 2 * (len(widths) - 1) <= room else 1
+    table = _table(columns, cells, _narrowed(columns, cells, widths, room - gap * (len(widths) - 1)), gap)
     if indent:
         from rich.padding import Padding
 
@@ -147,14 +184,53 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], out: Cons
         out.print(table, soft_wrap=False)
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], gap: int) -> Table:
+def _fits(columns: Sequence[str], rows: Sequence[Sequence[str]], out: Console, indent: int) -> bool:
+    """Whether a table fits with its columns two spaces apart."""
+    return sum(_widths(columns, rows)) + 2 * (len(columns) - 1) <= out.width - indent
+
+
+def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    """Return how wide each column would like to be."""
+    from rich.cells import cell_len
+
+    headed = [[column.lstrip(">") for column in columns], *rows]
+    return [max(map(cell_len, column)) for column in zip(*headed, strict=True)]
+
+
+def _narrowed(columns: Sequence[str], rows: Sequence[Sequence[str]], widths: list[int], room: int) -> list[int]:
+    """Return widths that fit into `room`, or nearly, the columns being as readable as can be."""
+    contents = _widths([">"] * len(columns), rows)
+    least = [
+        max(content, MIN_HEADING) if column[0] == ">" else MIN_TEXT
+        for column, content in zip(columns, contents, strict=True)
+    ]
+    narrow = list(widths)
+    for is_number in (True, False):
+        while sum(narrow) > room:
+            spare = [
+                (narrow[index] - least[index], index)
+                for index, column in enumerate(columns)
+                if (column[0] == ">") is is_number and narrow[index] > least[index]
+            ]
+            if not spare:
+                break
+            narrow[max(spare)[1]] -= 1
+    return narrow
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], widths: Sequence[int], gap: int) -> Table:
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="bold")
-    for column in columns:
-        justify = "right" if column.startswith(">") else "left"
-        table.add_column(column.lstrip(">"), justify=justify, no_wrap=True, overflow="ellipsis")  # type: ignore[arg-type]
+    for column, width in zip(columns, widths, strict=True):
+        table.add_column(
+            column.lstrip(">"),
+            justify="right" if column.startswith(">") else "left",
+            width=width,
+            no_wrap=True,
+            overflow="ellipsis",
+        )
     for row in rows:
         table.add_row(*(Text(cell, style=_COLOURS.get(cell.lower(), "")) for cell in row))
     return table
@@ -197,6 +273,14 @@ def labels(pairs: Mapping[str, str]) -> str:
 
 def _or_dash(number: int | None) -> str:
     return "-" if number is None else str(number)
+
+
+def _age_or_dash(seconds: float | None) -> str:
+    return "-" if seconds is None else age(seconds)
+
+
+def _rate(per_s: float | None) -> str:
+    return "-" if per_s is None else f"{per_s:.1f}/s"
 
 
 def printable(text: str) -> str:

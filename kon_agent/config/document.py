@@ -1,4 +1,4 @@
-"""A YAML file's text as a tree of located nodes; the only module that knows ruamel.yaml.
+"""A YAML file's text as a tree of located nodes; besides `outline` the only module that knows ruamel.yaml.
 
 Owns what of YAML a configuration may use: one document of mappings, sequences and scalars. Anchors, aliases
 (a few bytes of them grow to gigabytes when walked), tags and deep nesting are mistakes. Plain scalars follow
@@ -62,6 +62,30 @@ class Refused(msgspec.Struct, frozen=True):
 
 
 Node = Scalar | Sequence | Mapping | Refused
+
+
+def plain(node: Node) -> Any:
+    """Return what a node means, without where it stands: texts, numbers, booleans, None, lists, dicts of these.
+
+    A key is the text it is written as; of one that is given twice the last counts.
+    """
+    match node:
+        case Scalar():
+            return node.value
+        case Sequence():
+            return [plain(item) for item in node.items]
+        case Mapping():
+            return {key.text: plain(value) for key, value in node.entries if isinstance(key, Scalar)}
+    return None
+
+
+def from_plain(value: Any) -> Node:
+    """Return a node that means `value`, and stands nowhere."""
+    if isinstance(value, dict):
+        return Mapping(Place(), [(Scalar(Place(), key, key), from_plain(item)) for key, item in value.items()])
+    if isinstance(value, list):
+        return Sequence(Place(), [from_plain(item) for item in value])
+    return Scalar(Place(), value, "" if value is None else str(value))
 
 
 class Document(msgspec.Struct, frozen=True):

@@ -18,6 +18,7 @@ from kon_agent.config.schema import (
     Config,
     ControlConfig,
     Duration,
+    ExecConfig,
     PluginConfig,
     PluginsConfig,
     Share,
@@ -32,6 +33,9 @@ MAX_RING_BYTES = 64 * 1024 * 1024  # memory that is pinned for as long as the pl
 MIN_BATCH_BYTES = 8 * 1024  # the largest record (one page) and what frames it fit
 MAX_BATCH_BYTES = 512 * 1024  # with its headers it must fit a frame of 1 MiB
 MAX_SOCKET_PATH_BYTES = 107  # sun_path holds 108 with its NUL (unix(7))
+
+NO_KEYS = {(PluginsConfig, "instances")}
+"""Fields that are no keys of the file: they are made of other keys."""
 
 Rule = Callable[[Any], str | None]
 """Takes a value of the right type; returns what is wrong with it, or None."""
@@ -101,6 +105,18 @@ def _socket(value: str) -> str | None:
     return None
 
 
+def _command(value: str | list[str]) -> str | None:
+    if isinstance(value, str):  # one of its words
+        return None
+    return _absolute(value[0]) if value else "is an empty list; name the program and its arguments"
+
+
+def _absolute(value: str | list[str]) -> str | None:
+    if isinstance(value, str) and not value.startswith("/"):
+        return f"{value!r} is not an absolute path; write it from / on"
+    return None
+
+
 def _error_of(parse: Callable[[str], object], text: str) -> str | None:
     try:
         parse(text)
@@ -114,11 +130,15 @@ _RULES: dict[tuple[type, str], Rule] = {
     (PluginConfig, "ring_size"): _ring_size,
     (BatchConfig, "max_bytes"): _batch_bytes,
     (ControlConfig, "socket"): _socket,
+    (ExecConfig, "command"): _command,
+    (ExecConfig, "execute"): _absolute,
+    (ExecConfig, "read"): _absolute,
     (Config, "server"): _server,
     (ReceiverConfig, "listen"): _listen,
 }
 
 _PATHS: dict[tuple[type, str], bool] = {
+    (Config, "plugin_dir"): True,
     (CacheConfig, "path"): True,
     (ControlConfig, "socket"): True,
     (TlsConfig, "ca"): True,

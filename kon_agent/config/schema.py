@@ -6,9 +6,11 @@ Keys in YAML may use `-` for `_`. Durations are seconds, sizes bytes, CPU shares
 from __future__ import annotations
 
 import socket
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+
+from kon_agent.catalog import Origin
 
 MIN_PERIOD_S = 0.1  # the original's bound; a shorter period measures the scheduler more than the host
 
@@ -38,12 +40,18 @@ class PluginConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         deadline: seconds a cycle may overrun its period before the worker counts as hung and is replaced;
             None: twice the period, at least 5 s.
         ring_size: bytes of the plugin's ring, a power of two from 16 KiB to 64 MiB.
+        type: the plugin this section is an instance of; None: the one of the section's own name.
+        priority: 0 to 100; where the agent exceeds its limits, plugins of the lowest priority are paused first.
+        memory_limit: bytes of memory of its own at which its worker is replaced.
     """
 
     enable: bool = True
     period: Duration = Duration(5.0)
     deadline: Duration | None = None
     ring_size: Size = Size(256 * 1024)
+    type: Text | None = None
+    priority: Annotated[int, msgspec.Meta(ge=0, le=100)] = 50
+    memory_limit: Size = Size(64 * 1024 * 1024)
 
 
 class CpuConfig(PluginConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -81,18 +89,135 @@ class AgentConfig(PluginConfig, frozen=True, kw_only=True, forbid_unknown_fields
     """Nothing beyond the common keys."""
 
 
+class NetdevConfig(PluginConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Shell patterns of interface names: reported are those that match `interfaces` and not `exclude`."""
+
+    interfaces: list[Text] = msgspec.field(default_factory=lambda: ["*"])
+    exclude: list[Text] = msgspec.field(default_factory=lambda: ["lo"])
+
+
+class LoadConfig(PluginConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Nothing beyond the common keys."""
+
+
+class PressureConfig(PluginConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Nothing beyond the common keys."""
+
+
+class ProcessConfig(PluginConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`top`: how many processes are reported by CPU, and how many by memory; the rest is summed up."""
+
+    top: Annotated[int, msgspec.Meta(ge=1, le=100)] = 10
+
+
+class ThermalConfig(PluginConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Nothing beyond the common keys."""
+
+
+class CgroupConfig(PluginConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which control groups are reported.
+
+    Attributes:
+        include, exclude: shell patterns of paths below the hierarchy's root, such as `/system.slice/*`.
+        max_cgroups: no more than so many are reported, those first that are nearest to the root.
+    """
+
+    include: list[Text] = msgspec.field(default_factory=lambda: ["*"])
+    exclude: list[Text] = []
+    max_cgroups: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 100
+    ring_size: Size = Size(1024 * 1024)  # a cycle of 100 groups with long paths does not fit the common default
+
+
+class FilesystemConfig(PluginConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`exclude_mountpoints`: shell patterns of mount points to leave out."""
+
+    exclude_mountpoints: list[Text] = []
+
+
+class TimeConfig(PluginConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Nothing beyond the common keys."""
+
+
+class ExecConfig(PluginConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A program that prints metrics.
+
+    Attributes:
+        command: the program, an absolute path, and its arguments; no shell is involved.
+        format: what it prints: the Prometheus text format, or InfluxDB's line protocol.
+        mode: `oneshot`: run once each period, to its end; `stream`: run all the time, each line taken as it comes.
+        timeout: seconds a oneshot run may take; None: the period.
+        execute: other programs that this one may run, absolute paths; nothing else can be.
+        read: files and folders it reads besides the system's.
+        environment: its environment besides PATH and LANG.
+    """
+
+    command: list[Text]
+    format: Literal["prometheus", "influx"] = "prometheus"
+    mode: Literal["oneshot", "stream"] = "oneshot"
+    timeout: Duration | None = None
+    execute: list[Text] = []
+    read: list[Text] = []
+    environment: dict[str, str] = {}
+
+
+class ForeignConfig(PluginConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A plugin that is not built in; what its own keys mean is for its own code to say, in its own process.
+
+    Attributes:
+        origin: where its code is.
+        options: the section as it is written, plain values; of which its worker makes the plugin's own configuration.
+        reads: files and folders it has declared to read.
+        has_network: whether it has declared to use the network.
+        obstacle: why it cannot run; empty: it can.
+    """
+
+    origin: Origin
+    options: dict[str, Any] = {}
+    reads: tuple[str, ...] = ()
+    has_network: bool = False
+    obstacle: str = ""
+
+
 class PluginsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The built-in plugins; one left out runs with its defaults."""
+    """The built-in plugins: of those left out the first five run with their defaults. One that is named runs.
+
+    Attributes:
+        instances: sections with a `type`, and those of plugins that are not built in, by their own names.
+    """
 
     cpu: CpuConfig = CpuConfig()
     memory: MemoryConfig = MemoryConfig()
     disk: DiskConfig = DiskConfig()
     ebpf: EbpfConfig = EbpfConfig()
     agent: AgentConfig = AgentConfig()
+    netdev: NetdevConfig = NetdevConfig(enable=False)
+    load: LoadConfig = LoadConfig(enable=False)
+    pressure: PressureConfig = PressureConfig(enable=False)
+    process: ProcessConfig = ProcessConfig(enable=False)
+    thermal: ThermalConfig = ThermalConfig(enable=False)
+    cgroup: CgroupConfig = CgroupConfig(enable=False)
+    filesystem: FilesystemConfig = FilesystemConfig(enable=False)
+    time: TimeConfig = TimeConfig(enable=False)
+    instances: dict[str, PluginConfig] = {}
 
     def by_name(self) -> dict[str, PluginConfig]:
         """Return each plugin's section under the plugin's name."""
-        return {name: getattr(self, name) for name in self.__struct_fields__}
+        return {name: getattr(self, name) for name in BUILTIN_SECTIONS} | self.instances
+
+
+BUILTIN_SECTIONS: dict[str, type[PluginConfig]] = {
+    field.name: field.type for field in msgspec.structs.fields(PluginsConfig) if field.name != "instances"
+}
+"""The built-in plugins that need no `type`, and their sections."""
+
+TYPES: dict[str, type[PluginConfig]] = {**BUILTIN_SECTIONS, "exec": ExecConfig}
+"""What `type` may name, besides plugins that are not built in."""
+
+SINGLE = frozenset({"ebpf", "agent"})
+"""Those of which there is one at most: it reports on what the supervisor has one of."""
+
+MAX_PLUGINS = 48  # slots of the spool's report (64), with room for some that are added and removed at run time
+"""How many plugins a configuration may have."""
 
 
 class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -158,12 +283,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     Attributes:
         server: `quic://host:port`, or several in order of preference.
         client_id: the agent's identity at the receiver; the host name unless given.
+        plugin_dir: folder of plugins that are single files.
         shutdown_timeout: seconds a stopping agent takes at most to deliver what it holds.
     """
 
     server: Text | list[Text] = "quic://localhost:7843"
     client_id: Text = msgspec.field(default_factory=socket.gethostname)
     plugins: PluginsConfig = PluginsConfig()
+    plugin_dir: Text = "/etc/kon-agent/plugins.d"
     cache: CacheConfig = CacheConfig()
     tls: TlsConfig = TlsConfig()
     batch: BatchConfig = BatchConfig()

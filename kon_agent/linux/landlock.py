@@ -71,7 +71,7 @@ def restrict(
     read: Sequence[int | str],
     write: Sequence[int | str] = (),
     execute: Sequence[int | str] = (),
-    connect_tcp: Sequence[int] = (),
+    connect_tcp: Sequence[int] | None = (),
 ) -> int:
     """Confine this thread and its future children, for good, and return the ABI applied, 0 for none.
 
@@ -80,7 +80,8 @@ def restrict(
             Paths that do not exist or cannot be reached are skipped: they grant nothing.
         write: folders beneath which files may, besides, be made, written, renamed and removed.
         execute: folders beneath which programs may be read and run. (Loading a shared library only reads.)
-        connect_tcp: TCP ports that may be connected to; ABI 4 and later deny every other, and all binding.
+        connect_tcp: TCP ports that may be connected to, None for all; ABI 4 and later deny every other, and all
+            binding.
 
     Raises:
         OSError: no_new_privs is not set, or the kernel refused a rule.
@@ -88,7 +89,7 @@ def restrict(
     abi = supported_abi()
     if abi == 0:
         return 0
-    wanted = _ruleset(abi)
+    wanted = _ruleset(abi, _BIND_TCP if connect_tcp is None else _BIND_TCP | _CONNECT_TCP)
     ruleset = syscall(
         _SYS_CREATE_RULESET, ctypes.byref(wanted), ctypes.sizeof(wanted), 0, what="landlock_create_ruleset"
     )
@@ -97,7 +98,7 @@ def restrict(
             for place in places:
                 _add_path(ruleset, place, rights & wanted.fs)
         if wanted.net:
-            for port in connect_tcp:
+            for port in connect_tcp or ():
                 _add_rule(ruleset, _RULE_NET_PORT, _NetPort(_CONNECT_TCP, port), f"port {port}")
         syscall(_SYS_RESTRICT_SELF, ruleset, 0, what="landlock_restrict_self")
     finally:
@@ -105,15 +106,14 @@ def restrict(
     return abi
 
 
-def _ruleset(abi: int) -> _Ruleset:
+def _ruleset(abi: int, net: int = _BIND_TCP | _CONNECT_TCP) -> _Ruleset:
     # Rights by the ABI that brought them: 13 in the first, then REFER, TRUNCATE, and (5) IOCTL_DEV.
     rights = (1 << 13) - 1
     for since, right in ((2, REFER), (3, TRUNCATE), (5, IOCTL_DEV)):
         if abi >= since:
             rights |= right
-    net = _BIND_TCP | _CONNECT_TCP if abi >= 4 else 0
     scoped = _SCOPE_ABSTRACT_SOCKETS | _SCOPE_SIGNALS if abi >= 6 else 0
-    return _Ruleset(rights, net, scoped)
+    return _Ruleset(rights, net if abi >= 4 else 0, scoped)
 
 
 def _add_path(ruleset: int, place: int | str, rights: int) -> None:

@@ -6,6 +6,19 @@ Calls not named pass at no cost: the kernel (5.11 and later) remembers which num
 
 The filter is built by `build_filter`, which is pure, and installed by `apply`. Source: seccomp(2),
 linux/filter.h.
+
+A filter outlives execve(2) and cannot tell a worker from the program it has started, so with `exec` one filter holds
+both. What that decides:
+* setsid and setpgid stay denied, to everybody: a worker leads its session and group, whatever it starts stays in
+  that group, and one kill of the group by the supervisor leaves nothing of it.
+* Signals: the filter sees numbers, not kinship, and the sender and the other workers are of the same user. Where
+  Landlock confines signals to what the worker has started (ABI 6), `signals` opens the calls, and a worker ends its
+  program with one kill(-1). Elsewhere only the own group can be signalled: kill(0) and kill(-own pid).
+* pidfd_open is free, to notice a program's end: without pidfd_getfd and pidfd_send_signal that is all it is good for.
+* F_SETFL and FIONBIO are free: the program holds no descriptor but /dev/null and two pipes of its own.
+* memfd_create is not: Landlock lets anything in a memfd be executed. execveat stays denied for the same reason.
+* clone with CLONE_NEW* is refused, as are namespaces elsewhere; with CLONE_PARENT, too: what it makes would be the
+  supervisor's child.
 """
 
 from __future__ import annotations
@@ -25,12 +38,17 @@ from kon_agent.linux.syscalls import ARCHITECTURES, Architecture
 
 GROUPS: Final[dict[str, frozenset[str]]] = {
     "network": frozenset({"socket", "socketpair", "connect", "bind", "listen", "accept", "accept4"}),
+    "exec": frozenset({"execve", "fork", "vfork", "pidfd_open"}),
+    "signals": frozenset({"kill", "tkill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo"}),
 }
-"""Names that `allow` understands, each with the calls it takes off the deny list."""
+"""Names that `allow` understands, each with the calls it takes off the deny list.
+
+`signals` is for processes only whose signals Landlock confines.
+"""
 
 _DENIED: Final = (
     *sorted(GROUPS["network"]),
-    *("execve", "execveat", "fork", "vfork"),
+    *("execve", "execveat", "fork", "vfork", "setsid", "setpgid"),
     *("ptrace", "process_vm_readv", "process_vm_writev", "process_madvise", "process_mrelease", "kcmp"),
     *(
         "pidfd_open",
@@ -67,10 +85,14 @@ _SOCKET_FAMILIES: Final = (2, 10, 16)
 # Ways round the rule above, by second argument: signals sent on a descriptor's behalf (F_SETOWN, F_SETSIG,
 # F_SETOWN_EX, FIOSETOWN, SIOCSPGRP), keystrokes pushed into an inherited terminal (TIOCSTI, TIOCLINUX).
 _FORBIDDEN_COMMANDS: Final = {"fcntl": (8, 10, 15), "ioctl": (0x8901, 0x8902, 0x5412, 0x541C)}
-# And, for those without the network, ways to make a descriptor shared with others block them (F_SETFL, FIONBIO).
+# And, for those with neither network nor program, ways to make a descriptor shared with others block them (F_SETFL,
+# FIONBIO).
 _FORBIDDEN_TO_WORKERS: Final = {"fcntl": (4,), "ioctl": (0x5421,)}
+_DENIED_TO_PROGRAMS: Final = ("memfd_create",)
 
 _CLONE_THREAD: Final = 0x00010000
+# CLONE_PARENT, then every CLONE_NEW* that clone can take: NS, CGROUP, UTS, IPC, USER, PID, NET.
+_CLONE_ESCAPES: Final = 0x00008000 | 0x00020000 | 0x7E000000
 _X32_BIT: Final = 0x40000000  # the x32 calls of x86_64: the same machine code, other numbers
 
 ALLOW: Final = 0x7FFF0000
@@ -113,6 +135,14 @@ def current_architecture() -> Architecture | None:
     return ARCHITECTURES.get(platform.machine())
 
 
+_installed: frozenset[str] | None = None
+
+
+def installed() -> frozenset[str] | None:
+    """Return the groups allowed by the filter this process has installed, or was forked with; None without one."""
+    return _installed
+
+
 def apply(allow: frozenset[str] = frozenset()) -> bool:
     """Install the filter on this thread, for good, and return whether this machine has one.
 
@@ -136,6 +166,8 @@ def apply(allow: frozenset[str] = frozenset()) -> bool:
         if err.errno == errno.EINVAL:  # a kernel without CONFIG_SECCOMP_FILTER
             return False
         raise
+    global _installed
+    _installed = allow
     return True
 
 
@@ -162,21 +194,24 @@ def build_filter(architecture: Architecture, own_pid: int, allow: frozenset[str]
     ]
     if architecture.has_x32:
         program += [Instruction(_JUMP_GE, _X32_BIT, if_false=1), Instruction(_RETURN, REFUSE)]
-    for name in _DENIED:
+    has_programs = "execve" in allowed
+    for name in (*_DENIED, *(_DENIED_TO_PROGRAMS if has_programs else ())):
         if name in numbers and name not in allowed:
             program += _when(numbers[name], [Instruction(_RETURN, REFUSE)])
     for name in _SELF_ONLY:
-        program += _when(numbers[name], _only(0, (own_pid,)))
+        if name not in allowed:
+            own_group = (0, -own_pid) if has_programs and name == "kill" else ()
+            program += _when(numbers[name], _only(0, (own_pid, *own_group)))
     for name in _SELF_OR_ZERO:
         program += _when(numbers[name], _only(0, (0, own_pid)))
     for name, commands in _FORBIDDEN_COMMANDS.items():
-        shared = () if "socket" in allowed else _FORBIDDEN_TO_WORKERS[name]
+        shared = () if "socket" in allowed or has_programs else _FORBIDDEN_TO_WORKERS[name]
         program += _when(numbers[name], _never(1, (*commands, *shared)))
     if "socket" in allowed:
         program += _when(numbers["socket"], _only(0, _SOCKET_FAMILIES))
     # clone3 takes its flags by pointer, which no filter can follow; libc falls back to clone.
     program += _when(numbers["clone3"], [Instruction(_RETURN, UNKNOWN)])
-    program += _when(numbers["clone"], _threads_only())
+    program += _when(numbers["clone"], _without_flags(_CLONE_ESCAPES) if has_programs else _threads_only())
     return [*program, Instruction(_RETURN, ALLOW)]
 
 
@@ -195,7 +230,9 @@ def _never(argument: int, values: Iterable[int]) -> list[Instruction]:
 
 def _match(argument: int, values: tuple[int, ...], found: int, otherwise: int) -> list[Instruction]:
     # The low half is enough: the kernel itself takes these arguments as 32-bit integers.
-    jumps = [Instruction(_JUMP_EQ, value, if_true=len(values) - index) for index, value in enumerate(values)]
+    jumps = [
+        Instruction(_JUMP_EQ, value & 0xFFFFFFFF, if_true=len(values) - index) for index, value in enumerate(values)
+    ]
     load = Instruction(_LOAD, _OFFSET_ARGS + 8 * argument)
     return [load, *jumps, Instruction(_RETURN, otherwise), Instruction(_RETURN, found)]
 
@@ -206,4 +243,13 @@ def _threads_only() -> list[Instruction]:
         Instruction(_JUMP_SET, _CLONE_THREAD, if_true=1),
         Instruction(_RETURN, REFUSE),
         Instruction(_RETURN, ALLOW),
+    ]
+
+
+def _without_flags(flags: int) -> list[Instruction]:
+    return [
+        Instruction(_LOAD, _OFFSET_ARGS),
+        Instruction(_JUMP_SET, flags, if_true=1),
+        Instruction(_RETURN, ALLOW),
+        Instruction(_RETURN, REFUSE),
     ]

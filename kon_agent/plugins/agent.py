@@ -38,6 +38,7 @@ class Agent:
         published = self._read_telemetry()
         return [
             *_whole(published),
+            *_governor(published),
             *(metric for process in published.processes for metric in _process(process)),
             *(metric for plugin in published.plugins for metric in _plugin(plugin)),
         ]
@@ -58,6 +59,20 @@ def _whole(published: Telemetry) -> Iterator[Metric]:
     # PSS, because the sum of RSS counts every shared page once per process.
     yield _metric("agent_pss_bytes", sum(process.pss_bytes for process in processes))
     yield _metric("agent_connected", published.server_state == CONNECTED)
+
+
+def _governor(published: Telemetry) -> Iterator[Metric]:
+    governor = published.governor
+    if governor is None:
+        return
+    yield _metric("agent_governor_level", governor.level)
+    yield _metric("agent_governor_period_factor", governor.factor)
+    for step, count in governor.steps.items():
+        yield _metric("agent_governor_step_total", count, {"step": step})
+    for plugin in published.plugins:
+        yield _metric("agent_plugin_paused", plugin.name in governor.paused, {"plugin": plugin.name})
+    yield _metric("agent_limit_cpu_percent", governor.cpu_limit_percent)
+    yield _metric("agent_limit_memory_bytes", governor.memory_limit_bytes)
 
 
 def _process(process: ProcessSample) -> Iterator[Metric]:

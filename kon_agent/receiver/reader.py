@@ -18,8 +18,14 @@ from kon_agent.receiver.store import APPLICATION_ID, SCHEMA_VERSION, load_ledger
 from kon_agent.wire import kon_agent_pb2 as pb
 
 
-class StoredRecord(msgspec.Struct, frozen=True):
-    """One stored record; `epoch` as 16 hexadecimal digits, `value` NaN where the metric's was."""
+class StoredRecord(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One stored record.
+
+    Attributes:
+        epoch: 16 hexadecimal digits.
+        value: NaN where the metric's was.
+        clock_unsynced: the agent's clock had not been set since its machine started: `ts_ns` may be years off.
+    """
 
     agent: str
     plugin: str
@@ -29,6 +35,7 @@ class StoredRecord(msgspec.Struct, frozen=True):
     name: str
     value: float
     labels: dict[str, str]
+    clock_unsynced: bool = False
 
 
 class LedgerRow(msgspec.Struct, frozen=True):
@@ -74,19 +81,19 @@ def read_records(path: Path, where: Filter) -> Iterator[StoredRecord]:
         values.append(where.since_ns)
     # The only text put together here is our own; what the user gave is bound.
     select = f"""
-        SELECT agent, plugin, epoch, seq, ts_ns, name, value, labels
+        SELECT agent, plugin, epoch, seq, ts_ns, name, value, labels, clock_unsynced
         FROM records JOIN streams ON streams.id = records.stream JOIN series ON series.id = records.series
         WHERE {" AND ".join(conditions) or "true"}"""  # noqa: S608
     if where.limit:
         select = f"SELECT * FROM ({select} ORDER BY ts_ns DESC, seq DESC LIMIT ?)"  # noqa: S608
         values.append(where.limit)
     with _opened(path) as db:
-        for agent, plugin, epoch, seq, ts_ns, name, value, labels in db.execute(
+        for agent, plugin, epoch, seq, ts_ns, name, value, labels, unsynced in db.execute(
             f"{select} ORDER BY ts_ns, agent, plugin, seq", values
         ):
             number = math.nan if value is None else value
             text = msgspec.json.decode(labels, type=dict[str, str])
-            yield StoredRecord(agent, plugin, epoch_text(epoch), seq, ts_ns, name, number, text)
+            yield StoredRecord(agent, plugin, epoch_text(epoch), seq, ts_ns, name, number, text, bool(unsynced))
 
 
 def read_ledger(path: Path) -> list[LedgerRow]:

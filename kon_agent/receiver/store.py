@@ -30,7 +30,7 @@ from kon_agent.wire import kon_agent_pb2 as pb
 
 STORED = -1  # `ranges.state` of what is stored; no LossReason is negative
 APPLICATION_ID = 0x4B4F4E52  # "KONR": tells our file from any other SQLite database
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BUSY_TIMEOUT_S = 2.0  # a foreign lock must end well within an agent's ack deadline of 5 s
 MAX_CACHED_STREAMS = 4096  # ledgers in memory, a few hundred bytes each
 MAX_CACHED_SERIES = 100_000  # series ids in memory, about 30 MB at the worst
@@ -56,13 +56,16 @@ CREATE TABLE series (
 CREATE TABLE records (
     stream INTEGER NOT NULL REFERENCES streams, seq INTEGER NOT NULL,
     ts_ns INTEGER NOT NULL, series INTEGER NOT NULL REFERENCES series, value REAL, payload BLOB,
+    clock_unsynced INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (stream, seq)
 ) WITHOUT ROWID;
 CREATE INDEX records_by_time ON records (ts_ns);
 """
 
+_FROM_1 = "ALTER TABLE records ADD COLUMN clock_unsynced INTEGER NOT NULL DEFAULT 0;"
+
 _SeriesKey = tuple[str, int, tuple[tuple[str, str], ...]]
-_Row = tuple[int, int, int, int, float, bytes | None]
+_Row = tuple[int, int, int, int, float, bytes | None, int]
 
 
 class _Stream(msgspec.Struct):
@@ -159,6 +162,9 @@ class Store:
         (application_id,) = db.execute("PRAGMA application_id").fetchone()
         (version,) = db.execute("PRAGMA user_version").fetchone()
         (tables,) = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+        if tables and (application_id, version) == (APPLICATION_ID, 1):
+            db.executescript(f"BEGIN IMMEDIATE; {_FROM_1} PRAGMA user_version = 2; COMMIT;")
+            version = 2
         if tables and (application_id, version) != (APPLICATION_ID, SCHEMA_VERSION):
             what = f"{self._path} is no store of this version (id {application_id:#x}, schema {version})"
             raise StoreError(f"{what}; give another --store")
@@ -188,7 +194,7 @@ class Store:
             stream = self._stream(db, batch.agent_id, segment.plugin, segment.epoch)
             new = stream.ledger.store(segment.first_seq, segment.first_seq + len(segment.metrics) - 1)
             rows = self._rows(db, stream.id, segment, new)
-            db.executemany("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?)", rows)
+            db.executemany("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
             stored += count_of(new)
         for loss in (*batch.losses, *batch.rejections):
             stream = self._stream(db, batch.agent_id, loss.plugin, loss.epoch)
@@ -201,7 +207,8 @@ class Store:
             start = first - segment.first_seq
             for seq, metric in enumerate(segment.metrics[start : start + last - first + 1], first):
                 series_id = self._series_id(db, metric)
-                rows.append((stream_id, seq, metric.timestamp, series_id, metric.value, metric.payload or None))
+                payload, unsynced = metric.payload or None, int(metric.clock_unsynced)
+                rows.append((stream_id, seq, metric.timestamp, series_id, metric.value, payload, unsynced))
         return rows
 
     def _stream(self, db: sqlite3.Connection, agent: str, plugin: str, epoch: int) -> _Stream:

@@ -19,7 +19,7 @@ from kon_agent.spec import SpoolSeat
 from kon_agent.spool.disk import Folder
 from kon_agent.spool.frame import Entry
 from kon_agent.spool.log import Chunk, Reason, Spool
-from kon_agent.spoolreport import PluginTally, SpoolMode, SpoolReport, slot_of
+from kon_agent.spoolreport import PluginTally, Slots, SpoolMode, SpoolReport
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class Backlog:
     def __init__(self, seat: SpoolSeat, plugins: Sequence[str]) -> None:
         self._folder = Folder(seat.folder_fd) if seat.folder_fd >= 0 else None
         self._limits = seat.limits
-        self._plugins = plugins
+        self._slots = Slots(plugins)
         self._page = seat.writer
         self._spool: Spool | None = None
         self._taken: deque[Taken] = deque()
@@ -95,6 +95,10 @@ class Backlog:
         if not spool.is_empty():
             log.info("the spool holds %d records", sum(spool.pending.values()))
         self.publish()
+
+    def know(self, plugin: str) -> None:
+        """Take notice of a plugin: the supervisor has named it, after those before."""
+        self._slots.give(plugin)
 
     def highest(self) -> dict[tuple[str, int], int]:
         """Return the highest sequence number on disk of each plugin and epoch."""
@@ -247,7 +251,7 @@ class Backlog:
         self._page.publish(report.encode())
 
     def _tally(self, plugin: str) -> PluginTally:
-        return self._report.plugins[slot_of(plugin, self._plugins)]
+        return self._report.plugins[self._slots.of(plugin)]
 
     def close(self) -> None:
         """Finish the files in order."""

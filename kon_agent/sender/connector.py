@@ -1,8 +1,9 @@
 """The connection to whichever server can be reached: dialling, failover, going back, and saying how it stands.
 
 Owns the link and the dialect spoken on it. Servers are tried in order of preference, each by all its addresses, a
-little apart and in parallel; after a round in vain the waits grow, with jitter. While a lesser server serves, the
-preferred one is asked now and then whether it is back.
+little apart and in parallel; after a round in vain the waits grow, with jitter. One that keeps failing, because it does
+not answer or acknowledges nothing, rests (its breaker) as long as another can be tried. While a lesser server serves,
+the preferred one is asked now and then whether it is back.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Protocol
 
 from kon_agent import clock
 from kon_agent.backoff import Backoff
+from kon_agent.breaker import Breaker
 from kon_agent.config.server import ServerAddress
 from kon_agent.errors import KonError
 from kon_agent.linkreport import LinkReport, LinkState
@@ -124,7 +126,9 @@ class Connector:
         self._go_back_at_ns = 0
         self._tickets: dict[str, Ticket] = {}  # by server; in memory only, and only of ours that issue any
         self._has_rebound = False
-        self._has_served = False
+        self._has_served = False  # the server has welcomed us
+        self._has_answered = False  # and acknowledged a batch
+        self._breakers = {str(server): Breaker(str(server)) for server in spec.servers}
         self._background: set[asyncio.Task[None]] = set()
         self._backoff = Backoff(RECONNECT_BASE_S, RECONNECT_MAX_S, random.random)
         self._show(LinkState.DISCONNECTED, "", "")
@@ -134,19 +138,26 @@ class Connector:
     async def run(self) -> None:
         """Be connected, for ever."""
         while True:
-            for server in self._servers:
+            for server in self._candidates():
                 self._show(LinkState.CONNECTING, str(server), self.report.detail)
                 reason = await self._converse(server)
                 if reason != self.report.detail:  # the same failure is told once, not at every attempt
                     log.warning("not connected to %s: %s; records are kept and sent later", server, reason)
                 self._show(LinkState.BACKOFF, str(server), reason)
-                if self._has_served:
+                if self._has_answered:
                     break  # whatever ended it: begin with the preferred server again
+                self._breakers[str(server)].failed(clock.now_ns())
             await asyncio.sleep(self._backoff.next_s())
+
+    def _candidates(self) -> Sequence[ServerAddress]:
+        """Return the servers to try, in order: those that rest only where all do."""
+        now_ns = clock.now_ns()
+        awake = [server for server in self._servers if self._breakers[str(server)].allows(now_ns)]
+        return awake or self._servers
 
     async def _converse(self, server: ServerAddress) -> str:
         """Hold one connection from its first datagram to its end; return why it ended."""
-        self._has_served = False
+        self._has_served = self._has_answered = False
         self._lost = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(CONNECT_DEADLINE_S):
@@ -225,9 +236,13 @@ class Connector:
             self._has_served = True
             self._ready_by_ns = 0
             self._backoff.reset()
-            self._show(LinkState.CONNECTED, self.report.address, "")
+            self._show(LinkState.CONNECTED, self.report.address, self._who_rests())
             log.info("connected to %s", self.report.address)
         self._client.on_ready()
+
+    def _who_rests(self) -> str:
+        resting = [name for name, breaker in self._breakers.items() if breaker.is_open]
+        return f"not tried for a while after failures: {', '.join(resting)}" if resting else ""
 
     async def _go_back(self) -> None:
         """Ask the preferred server whether it is back; if so, leave the present one."""
@@ -239,6 +254,7 @@ class Connector:
             return
         if attempt.link is not None:
             attempt.link.end("only asked whether you are back")
+        self._breakers[str(self._servers[0])].succeeded()
         self.end(f"{self._servers[0]} is back")
 
     # Events of the link: `transport.Owner`.
@@ -266,6 +282,9 @@ class Connector:
     def _answered(self, answers: list[Answer]) -> None:
         if answers:
             self._has_rebound = False
+            if not self._has_answered:
+                self._has_answered = True
+                self._breakers[self.report.address].succeeded()
             self._client.on_answers(answers)
 
     def on_lost(self, reason: str) -> None:

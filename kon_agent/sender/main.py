@@ -308,6 +308,7 @@ class Sender:
         consumer = map_memory(consumer_fd, CONSUMER_BYTES, writable=True)
         os.close(producer_fd)
         os.close(consumer_fd)
+        self._backlog.know(order.plugin)
         lane = Lane(order.plugin, order.epoch, Consumer(producer, consumer, order.size_bytes))
         lane.skip_spooled(self._backlog.highest().get((order.plugin, order.epoch), -1), clock.now_ns())
         self._memory[order.ring] = [producer, consumer]

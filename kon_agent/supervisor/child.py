@@ -10,13 +10,18 @@ import logging
 import os
 import random
 import signal
+from collections import deque
 
+from kon_agent import clock
 from kon_agent.clock import NS_PER_S
 from kon_agent.lifecycle import Lifecycle, RestartPolicy, State
+from kon_agent.linux.pidfd import PidFd
 from kon_agent.process import Child, Exit, describe_exit
+from kon_agent.supervisor.handover import Life
 
 log = logging.getLogger(__name__)
 
+MAX_DEATHS = 5  # that are remembered: as many as open the breaker
 ABORT_GRACE_NS = NS_PER_S  # between SIGABRT, which dumps the stack, and SIGKILL
 
 
@@ -34,6 +39,7 @@ class Supervised:
         self.obstacle = ""  # why it cannot run at all here; empty: it can
         self.child: Child | None = None
         self.last_exit: str | None = None
+        self.deaths: deque[tuple[int, str]] = deque(maxlen=MAX_DEATHS)  # wall time in ns, and the reason
         self.started_ns = 0
         self.lifecycle = Lifecycle(name, RestartPolicy(), random.random)
         self.stop_grace_s = stop_grace_s
@@ -82,7 +88,7 @@ class Supervised:
         try:
             self.child = self._spawn(now_ns)
         except OSError as err:
-            self.last_exit = f"could not be started: {err}"
+            self._note_death(f"could not be started: {err}")
             log.error("%s %s", self.name, self.last_exit)
             self._on_gone()
             self.lifecycle.died(now_ns)
@@ -98,6 +104,39 @@ class Supervised:
         """Make it end and start afresh, past deaths forgotten."""
         self.lifecycle.forgive()
         self.stop(now_ns)
+
+    def renew(self, now_ns: int, grace_s: float) -> None:
+        """Replace its process by one of the present code, in its own good time: it is killed only after `grace_s`."""
+        if self.child is not None and self.lifecycle.state is not State.STOPPING:
+            self.stop(now_ns)
+            self._kill_at_ns = now_ns + int(grace_s * NS_PER_S)
+
+    def capture_life(self) -> Life:
+        """Return what the code that takes our place must know of the process."""
+        return Life(
+            pid=self.pid,
+            state=self.lifecycle.state,
+            restarts=self.lifecycle.restarts,
+            deaths_ns=self.lifecycle.deaths_ns,
+            retry_at_ns=self.lifecycle.retry_at_ns,
+            last_exit=self.last_exit,
+            deaths=list(self.deaths),
+            started_ns=self.started_ns,
+            kill_at_ns=self._kill_at_ns,
+            kill_reason=self._kill_reason,
+        )
+
+    def adopt_life(self, life: Life) -> None:
+        """Go on with the process another supervisor has spawned; it is our child, reaped by nobody yet.
+
+        Raises:
+            OSError: it is not, or no descriptor is left.
+        """
+        self.child = Child(life.pid, PidFd(life.pid)) if life.pid is not None else None
+        self.lifecycle.resume(life.state, life.restarts, life.deaths_ns, life.retry_at_ns)
+        self.last_exit, self.started_ns = life.last_exit, life.started_ns
+        self.deaths.extend(life.deaths)
+        self._kill_at_ns, self._kill_reason = life.kill_at_ns, life.kill_reason
 
     def look(self, now_ns: int, awake_since_ns: int = 0) -> None:
         """Note a new heartbeat; start to kill it where it is overdue, finish where that was not enough.
@@ -142,8 +181,12 @@ class Supervised:
         reason = ": ".join(part for part in (describe_exit(ended), self._kill_reason or self._last_words()) if part)
         self._kill_at_ns, self._kill_reason = None, ""
         if was_wanted or ended.code != os.EX_OK:
-            self.last_exit = reason
+            self._note_death(reason)
         self._on_gone()
         if was_wanted:
             log.error("%s died: %s", self.name, reason)
         self.lifecycle.died(now_ns)
+
+    def _note_death(self, reason: str) -> None:
+        self.last_exit = reason
+        self.deaths.append((clock.wall_ns(), reason))

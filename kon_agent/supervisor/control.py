@@ -24,6 +24,7 @@ from kon_agent.clock import NS_PER_S
 from kon_agent.config.schema import ControlConfig
 from kon_agent.control_protocol import Request, Result
 from kon_agent.errors import ConfigError, ControlError, KonError
+from kon_agent.supervisor import handover
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,16 @@ _UCRED = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 Pending = Callable[[], Result | None]
 """A question asked again until it has an answer."""
 
-Handler = Callable[[Request], Result | Pending]
+
+@dataclass(frozen=True, slots=True)
+class WithFds:
+    """A result that descriptors ride along with; they stay their owner's, and are sent at once or not at all."""
+
+    result: Result
+    fds: tuple[int, ...]
+
+
+Handler = Callable[[Request], Result | Pending | WithFds]
 """Carries out a request; raises ControlError where it cannot."""
 
 
@@ -56,19 +66,62 @@ class ControlServer:
         config: where the socket is, and whose group may change things.
         selector: the loop's; every descriptor is registered with a callback as its data.
         handler: carries out requests.
+        listener_fd: the socket, where another supervisor has handed it over.
 
     Raises:
         ConfigError: another agent answers on the socket, or it cannot be made there.
     """
 
-    def __init__(self, config: ControlConfig, selector: selectors.BaseSelector, handler: Handler) -> None:
+    def __init__(
+        self,
+        config: ControlConfig,
+        selector: selectors.BaseSelector,
+        handler: Handler,
+        listener_fd: int | None = None,
+    ) -> None:
         self.path = config.socket
         self._selector = selector
         self._handler = handler
         self._gid = _gid(config.group)
         self._connections: set[_Connection] = set()
-        self._listener = _listen(self.path, self._gid)
+        if listener_fd is None:
+            self._listener = _listen(self.path, self._gid)
+        else:
+            self._listener = socket.socket(fileno=listener_fd)
+            self._listener.setblocking(False)
         selector.register(self._listener, selectors.EVENT_READ, self._accept)
+
+    def fileno(self) -> int:
+        """Return the listening socket's descriptor."""
+        return self._listener.fileno()
+
+    def asking(self, question: Pending) -> int | None:
+        """Return the descriptor of the connection that waits for the answer to `question`; None: nobody does."""
+        return next((each.sock.fileno() for each in self._connections if each.pending == question), None)
+
+    def is_quiet(self, question: Pending) -> bool:
+        """Whether nobody waits for an answer that only we have; that to `question` is another's to give."""
+        return not any(each.reply or each.pending not in (None, question) for each in self._connections)
+
+    def capture(self) -> list[handover.Connection]:
+        """Return the connections that have not asked yet, for who goes on to serve them."""
+        return [
+            handover.Connection(fd=each.sock.fileno(), received=bytes(each.received))
+            for each in self._connections
+            if each.pending is None and not each.reply
+        ]
+
+    def adopt(self, fd: int, question: Pending) -> None:
+        """Have a connection that another supervisor has handed over wait for the answer to `question`."""
+        sock = socket.socket(fileno=fd)
+        sock.setblocking(False)
+        self._connections.add(_Connection(sock, True, 0, pending=question))
+
+    def go_on(self, taken: handover.Connection) -> None:
+        """Serve a connection that another supervisor has handed over."""
+        sock = socket.socket(fileno=taken.fd)
+        sock.setblocking(False)
+        self._serve(sock, taken.received)
 
     def _accept(self) -> None:
         try:
@@ -80,8 +133,11 @@ class ControlServer:
             sock.close()
             return
         sock.setblocking(False)
+        self._serve(sock)
+
+    def _serve(self, sock: socket.socket, received: bytes = b"") -> None:
         # The deadline starts with the first look of `tick`: the loop's clock is not ours to read.
-        connection = _Connection(sock, self._may_change(sock), 0)
+        connection = _Connection(sock, self._may_change(sock), 0, bytearray(received))
         self._connections.add(connection)
         self._selector.register(sock, selectors.EVENT_READ, lambda: self._receive(connection))
 
@@ -128,7 +184,9 @@ class ControlServer:
         except KonError as err:
             self._reply(connection, protocol.encode_error(ControlError("failed", str(err))))
             return
-        if callable(result):
+        if isinstance(result, WithFds):
+            self._reply(connection, protocol.encode_result(result.result), result.fds)
+        elif callable(result):
             connection.pending = result
             self._ask(connection)
         else:
@@ -156,17 +214,22 @@ class ControlServer:
             elif now_ns > connection.expires_ns:
                 self._close(connection)
 
-    def _reply(self, connection: _Connection, data: bytes) -> None:
+    def _reply(self, connection: _Connection, data: bytes, fds: tuple[int, ...] = ()) -> None:
         connection.reply = data
-        if self._send(connection):
+        if self._send(connection, fds):
             self._selector.register(connection.sock, selectors.EVENT_WRITE, lambda: self._send_more(connection))
 
-    def _send(self, connection: _Connection) -> bool:
-        """Send what the socket takes; return whether there is more."""
+    def _send(self, connection: _Connection, fds: tuple[int, ...] = ()) -> bool:
+        """Send what the socket takes, descriptors with the first byte; return whether there is more."""
         try:
-            sent = connection.sock.send(connection.reply)
+            if fds:
+                sent = socket.send_fds(connection.sock, [connection.reply], fds)
+            else:
+                sent = connection.sock.send(connection.reply)
         except BlockingIOError:
-            return True
+            if fds:  # never with an empty queue; later these numbers may be other files, so not later
+                self._close(connection)
+            return not fds
         except OSError:
             sent = len(connection.reply)  # the client has gone: nobody to tell
         connection.reply = connection.reply[sent:]

@@ -26,7 +26,8 @@ from kon_agent.process import Child, Profile, Role, spawn
 from kon_agent.spec import SenderSpec, SpoolSeat
 from kon_agent.spool import lock, place
 from kon_agent.spool.limits import Limits
-from kon_agent.spoolreport import SpoolReport
+from kon_agent.spoolreport import Slots, SpoolReport
+from kon_agent.supervisor import handover
 from kon_agent.supervisor.child import Supervised
 from kon_agent.supervisor.sharedpage import SharedPage
 from kon_agent.supervisor.sharedring import SharedRing
@@ -49,13 +50,13 @@ class Parts:
     Attributes:
         user: whom it becomes; None without root.
         doorbell: eventfd the workers ring.
-        plugins: the plugins' names, in the order of their slots in the spool's report.
+        slots: whose slot in the spool's report is which.
         rings: returns every ring that is not drained.
     """
 
     user: User | None
     doorbell: int
-    plugins: tuple[str, ...]
+    slots: Slots
     rings: Callable[[], Iterable[SharedRing]]
 
 
@@ -84,6 +85,33 @@ class Courier(Supervised):
         """Go on with another configuration: the process is replaced, the rings stay."""
         self.config, self.stop_grace_s = config, _grace_s(config)
         self.restart(now_ns)
+
+    def capture(self) -> handover.Sender:
+        """Return what the code that takes our place needs to go on with it."""
+        return handover.Sender(
+            life=self.capture_life(),
+            orders_fd=None if self._orders is None else self._orders.fileno(),
+            link_page_fd=self._page.fd,
+            link_bytes=linkreport.REPORT_BYTES,
+            spool_page_fd=self._spool_page.fd,
+            spool_bytes=spoolreport.REPORT_BYTES,
+            gone_wall_ns=self._gone_wall_ns,
+        )
+
+    def adopt(self, taken: handover.Sender) -> None:
+        """Go on with the sender another supervisor has spawned, and with what it reports.
+
+        Raises:
+            KonError: what is handed over is not what it should be.
+            OSError: the sender is not our child, or no memory or descriptor is left.
+        """
+        self._page.take_over(taken.link_page_fd)
+        self._spool_page.take_over(taken.spool_page_fd)
+        if taken.orders_fd is not None:
+            self._orders = socket.socket(fileno=taken.orders_fd)
+            self._orders.setblocking(False)
+        self._gone_wall_ns = taken.gone_wall_ns
+        self.adopt_life(taken.life)
 
     def claim_spool(self) -> None:
         """See that nobody else uses the spool; a sender whose supervisor has died is given time to finish.
@@ -172,7 +200,7 @@ class Courier(Supervised):
                 orders=theirs,
                 doorbell=parts.doorbell,
                 report=self._page.map_writer(),
-                plugins=parts.plugins,
+                plugins=parts.slots.names,
                 spool=SpoolSeat(folder_fd, obstacle, limits, *self._spool_page.map_both()),
                 log=config.log,
             )

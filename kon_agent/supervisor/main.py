@@ -6,36 +6,42 @@ words and texts it only shows. A signal handler writes one byte; the loop does t
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import itertools
 import logging
 import os
 import selectors
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from setproctitle import setproctitle
 
-from kon_agent import clock, credentials, logs, telemetry
+from kon_agent import __version__, clock, credentials, logs, telemetry
+from kon_agent.bpf.handover import Counters
 from kon_agent.clock import NS_PER_S
-from kon_agent.config.schema import Config
+from kon_agent.config.naming import canonical
+from kon_agent.config.schema import Config, ForeignConfig, PluginConfig
 from kon_agent.control_protocol import PluginStatus
-from kon_agent.errors import KonError, PrivilegeError
+from kon_agent.errors import ControlError, KonError, PrivilegeError
 from kon_agent.lifecycle import State
 from kon_agent.linux import notify, privileges
 from kon_agent.plugins import BUILTIN
 from kon_agent.process import prepare_to_fork, reap
+from kon_agent.spoolreport import Slots
+from kon_agent.supervisor import handover, status
 from kon_agent.supervisor import preload as _preload  # noqa: F401 - for its pages
-from kon_agent.supervisor import status
 from kon_agent.supervisor.child import Supervised
 from kon_agent.supervisor.control import ControlServer
 from kon_agent.supervisor.courier import Courier, Parts
-from kon_agent.supervisor.meter import Meter
 from kon_agent.supervisor.network import NetworkWatch
+from kon_agent.supervisor.regulation import Regulation, own_group
+from kon_agent.supervisor.renewal import Renewal
 from kon_agent.supervisor.requests import Requests
 from kon_agent.supervisor.sharedpage import SharedPage
 from kon_agent.supervisor.sharedring import SharedRing
 from kon_agent.supervisor.unit import Grants, Surroundings, Unit
+from kon_agent.supervisor.upgrade import Succession
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +50,7 @@ STARTING_INTERVAL_S = 0.1  # while something starts or stops, somebody is waitin
 FIRST_MEASUREMENT_NS = 900_000_000  # just before the agent plugin's first tick, and so before all that follow
 SNAPSHOT_ATTEMPTS = 5  # the spool's figures change a few times a second: the first one usually does
 ASLEEP_NS = 3 * NS_PER_S  # the loop looks once a second: a longer gap is a suspended machine, or all of us stopped
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, signal.SIGUSR2)
 
 
 class Phase(enum.Enum):
@@ -56,12 +62,13 @@ class Phase(enum.Enum):
     DONE = "done"
 
 
-def run(config: Config, config_path: str | None) -> int:
+def run(config: Config, config_path: str | None, given_fd: int | None = None) -> int:
     """Run the agent in the foreground until told to stop; return the process's exit code.
 
     Args:
         config: the validated configuration.
         config_path: where it came from, for reloads; None for the built-in defaults.
+        given_fd: holds the `handover` of the supervisor this process was until now, to go on from.
 
     Raises:
         KonError: it cannot start.
@@ -70,10 +77,26 @@ def run(config: Config, config_path: str | None) -> int:
     logs.dont_wait_for_readers()
     logs.setup("supervisor", config.log.level, config.log.format)
     setproctitle("kon-agent: supervisor")
+    if given_fd is not None:
+        return _take_over(config, config_path, handover.receive(given_fd))
     credentials.check(config.tls)
     supervisor = Supervisor(config, config_path)
     try:
         supervisor.open()
+        return supervisor.run()
+    finally:
+        supervisor.close()
+
+
+def _take_over(config: Config, config_path: str | None, taken: handover.Handover) -> int:
+    """Go on with what another supervisor has handed over; where that cannot be, end its children and start afresh."""
+    try:
+        supervisor = Supervisor(config, config_path, taken)
+        supervisor.open()
+    except Exception:
+        log.exception("what kon-agent %s has handed over cannot be taken over: the agent starts afresh", taken.version)
+        handover.start_afresh(taken)
+    try:
         return supervisor.run()
     finally:
         supervisor.close()
@@ -91,21 +114,26 @@ def _open_standard_streams() -> None:
 class Supervisor:
     """The process table and what it needs."""
 
-    def __init__(self, config: Config, config_path: str | None) -> None:
-        self.config = config
+    def __init__(self, config: Config, config_path: str | None, taken: handover.Handover | None = None) -> None:
+        self.config = self.started_with = config
         self.config_path = config_path
         self.warnings: list[str] = []
-        self.started_ns = clock.now_ns()
-        self.meter = Meter()
+        self._taken = taken
+        self._kept = handover.kept_settings(config)
+        self._succession = Succession(self, _SIGNALS)
+        self.started_ns = taken.started_ns if taken else clock.now_ns()
+        self.regulation = Regulation(config.limits, clock.now_ns(), own_group())
         self.network = NetworkWatch(config.plugins.ebpf)
         self.units: dict[str, Unit] = {}
+        self.slots = Slots([*(taken.slots if taken else ()), *config.plugins.by_name()])
+        self._leaving: list[Unit] = []  # removed, and not gone yet
         self._phase = Phase.RUNNING
         self._selector = selectors.DefaultSelector()
         self._signal_fds = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._doorbell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._telemetry = SharedPage("kon-telemetry", telemetry.MAX_TELEMETRY_BYTES)
-        self._measure_at_ns = self.started_ns + FIRST_MEASUREMENT_NS
-        self._looked_ns = self.started_ns
+        self._measure_at_ns = clock.now_ns() + FIRST_MEASUREMENT_NS
+        self._looked_ns = clock.now_ns()
         self._awake_since_ns = 0
         self._watched: dict[int, Supervised] = {}  # pid to the process whose pidfd the selector watches
         user = self._user()
@@ -115,9 +143,9 @@ class Supervisor:
             log=config.log,
             announce=lambda ring: self.courier.announce(ring),
             dismiss=lambda ring: self.courier.dismiss(ring),
-            next_ring_number=itertools.count(1).__next__,
+            next_ring_number=itertools.count(taken.next_ring if taken else 1).__next__,
         )
-        self.courier = Courier(config, Parts(user, self._doorbell, tuple(config.plugins.by_name()), self._rings))
+        self.courier = Courier(config, Parts(user, self._doorbell, self.slots, self._rings))
         self._control: ControlServer | None = None
 
     def _user(self) -> privileges.User | None:
@@ -139,6 +167,22 @@ class Supervisor:
             self.warnings.append(text)
             log.warning("%s", text)
 
+    def withdraw(self, text: str) -> None:
+        """Take a warning back: what it was about is over."""
+        if text in self.warnings:
+            self.warnings.remove(text)
+
+    def go_by(self, config: Config) -> None:
+        """Go by another configuration in what is the supervisor's own; children log by it from their next start."""
+        if config.log != self.config.log:
+            logs.setup("supervisor", config.log.level, config.log.format)
+            self._around = dataclasses.replace(self._around, log=config.log)
+            for unit in self.units.values():
+                unit.log = config.log
+        if config.limits != self.config.limits:
+            self.regulation.set_limits(config.limits)
+        self.config = config
+
     def open(self) -> None:
         """Take the control socket, load BPF, make the units; nothing is spawned yet.
 
@@ -146,25 +190,130 @@ class Supervisor:
             ConfigError: another agent is running, or the socket cannot be made.
             SpoolError: another agent uses the spool.
         """
-        self._control = ControlServer(self.config.control, self._selector, Requests(self).handle)
-        self.courier.claim_spool()
-        self._open_network()
+        taken = self._taken
+        listener_fd = taken.listener_fd if taken else None
+        self._control = ControlServer(self.config.control, self._selector, Requests(self).handle, listener_fd)
+        if taken is None:
+            self.courier.claim_spool()
+        self._open_network(taken.counters if taken else None)
         for name, section in self.config.plugins.by_name().items():
-            self.units[name] = Unit(name, BUILTIN[name], section, self._around, self._grants(name))
+            self.add_unit(name, section)
         self.units["ebpf"].obstacle = self.network.obstacle
+        if taken is not None:
+            self._adopt(taken, self._control)
         self._selector.register(self._signal_fds[0], selectors.EVENT_READ, lambda: None)
         signal.set_wakeup_fd(self._signal_fds[1])
         for number in _SIGNALS:
             signal.signal(number, lambda *_: None)  # the wakeup byte is the message
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # who has handed over to us had blocked them
 
-    def _open_network(self) -> None:
+    def _adopt(self, taken: handover.Handover, control: ControlServer) -> None:
+        """Go on with the processes and rings that are there; those who run the old code are replaced by and by."""
+        now_ns = clock.now_ns()
+        os.dup2(taken.doorbell_fd, self._doorbell, inheritable=False)
+        os.close(taken.doorbell_fd)
+        for plugin in taken.plugins:
+            unit = self.units.get(plugin.name)
+            if unit is not None and plugin.kind == (unit.config.type or plugin.name):
+                unit.adopt(plugin)
+                if not unit.is_wanted:
+                    unit.stop(now_ns)
+            else:
+                self._see_off(plugin, now_ns)
+        for plugin in taken.leaving:
+            self._see_off(plugin, now_ns)
+        self.courier.adopt(taken.sender)
+        for process in self._processes():
+            self._watch(process)
+        renewal = Renewal(taken, self.courier, self.units, self.network.origin, now_ns)
+        if taken.asking_fd is not None:
+            control.adopt(taken.asking_fd, renewal.outcome)
+        for connection in taken.connections:
+            control.go_on(connection)
+        self._succession.go_on(renewal)
+        log.info("upgrade: kon-agent %s has taken over from %s", __version__, taken.version)
+        self._taken = None
+
+    def _see_off(self, plugin: handover.Plugin, now_ns: int) -> None:
+        """Take a plugin over that is configured no longer, or as another one, and let it go."""
+        unit = Unit(plugin.name, "", PluginConfig(enable=False), self._around, dict)
+        unit.adopt(plugin)
+        unit.is_wanted = False
+        unit.stop(now_ns)
+        self._leaving.append(unit)
+
+    def is_asked_for_nothing_but(self, question: Callable[[], None]) -> bool:
+        """Whether no control connection waits for anything but the answer to `question`."""
+        return self._control is None or self._control.is_quiet(question)
+
+    def capture(self, question: Callable[[], None] | None) -> handover.Handover:
+        """Return what the code that takes our place is given.
+
+        Args:
+            question: whose answer it shall give, if somebody waits for it.
+        """
+        assert self._control is not None
+        return handover.Handover(
+            format=handover.FORMAT,
+            version=__version__,
+            started_ns=self.started_ns,
+            next_ring=self._around.next_ring_number(),
+            doorbell_fd=self._doorbell,
+            listener_fd=self._control.fileno(),
+            asking_fd=self._control.asking(question) if question else None,
+            connections=self._control.capture(),
+            slots=list(self.slots.names),
+            plugins=[unit.capture() for unit in self.units.values()],
+            leaving=[unit.capture() for unit in self._leaving],
+            sender=self.courier.capture(),
+            counters=self.network.capture(),
+            kept=self._kept,
+        )
+
+    def upgrade(self) -> Callable[[], None]:
+        """Let the installed code take over, if it can; return the question how that goes.
+
+        Raises:
+            ControlError: there is an upgrade under way, the agent is about to stop, or it cannot be tried.
+        """
+        return self._succession.begin(clock.now_ns())
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the agent is about to stop."""
+        return self._phase is not Phase.RUNNING
+
+    def add_unit(self, name: str, section: PluginConfig) -> None:
+        """Take a plugin in; it runs if its section says so."""
+        self.slots.give(name)
+        kind = canonical(section.type or name)
+        target = section.origin.target if isinstance(section, ForeignConfig) else BUILTIN[kind]
+        unit = self.units[name] = Unit(name, target, section, self._around, self._grants(kind))
+        if unit.obstacle:
+            log.warning("%s is left out: %s", name, unit.obstacle)
+
+    def remove_unit(self, name: str, now_ns: int) -> None:
+        """Let a plugin go: it is forgotten once its worker has ended and its rings are drained."""
+        unit = self.units.pop(name)
+        unit.is_wanted = False
+        unit.stop(now_ns)
+        self._leaving.append(unit)
+
+    def _forget_the_left(self) -> None:
+        for unit in [unit for unit in self._leaving if unit.child is None and not unit.rings()]:
+            self._leaving.remove(unit)
+            unit.release()
+
+    def _open_network(self, taken: Counters | None) -> None:
+        if taken is not None and not self.config.plugins.ebpf.enable:
+            taken.discard()
         if os.getuid() != 0 and not privileges.current_privileges().effective:
             self.network.obstacle = "needs root, or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON"
             return
         if not self.config.plugins.ebpf.enable:
             self.network.obstacle = "was disabled when the agent started; enabling it takes a restart of the agent"
             return
-        self.network.open()
+        self.network.open(taken)
         if self.network.obstacle:
             self.warn(f"ebpf: {self.network.obstacle}")
         if self.network.monitor is not None:
@@ -186,11 +335,13 @@ class Supervisor:
             self._reap(now_ns)
             self._spawn_due(now_ns)
             self._look(now_ns)
+            self.regulation.tick(self.units, self._leaving, self.courier, now_ns)
             self._publish_telemetry(now_ns)
             self._serve_control(now_ns)
+            self._succession.advance(now_ns)
             self._advance_phase(now_ns)
             self._wait(now_ns)
-            self._take_signals()
+            self.take_signals()
         log.info("stopped")
         return os.EX_OK
 
@@ -206,13 +357,16 @@ class Supervisor:
             process.lifecycle.state in (State.STARTING, State.HALF_OPEN, State.STOPPING)
             for process in self._processes()
         )
-        timeout_s = STARTING_INTERVAL_S if restless else LOOK_INTERVAL_S
+        timeout_s = min(STARTING_INTERVAL_S if restless else LOOK_INTERVAL_S, self._succession.interval_s)
+        if self.regulation.due_ns > now_ns:
+            deadlines.append(self.regulation.due_ns)
         if deadlines:
             timeout_s = min(timeout_s, max(0.0, (min(deadlines) - now_ns) / NS_PER_S))
         for key, _ in self._selector.select(timeout_s):
             key.data()
 
-    def _take_signals(self) -> None:
+    def take_signals(self) -> None:
+        """Do what the signals that have come ask for."""
         try:
             numbers = os.read(self._signal_fds[0], 1024)
         except BlockingIOError:
@@ -224,6 +378,11 @@ class Supervisor:
                 Requests(self).reload()
             except KonError as err:
                 log.error("the reload changed nothing: %s", err)
+        if signal.SIGUSR2 in numbers:
+            try:
+                self.upgrade()
+            except ControlError as err:
+                log.error("the upgrade is refused: %s", err)
 
     def stop(self) -> None:
         """Begin to end: workers first, then the sender once it has delivered, then everything else."""
@@ -237,24 +396,28 @@ class Supervisor:
                 unit.stop(now_ns)
 
     def _advance_phase(self, now_ns: int) -> None:
-        if self._phase is Phase.STOPPING_WORKERS and not any(unit.child for unit in self.units.values()):
+        if self._phase is Phase.STOPPING_WORKERS and not any(unit.child for unit in self._all_units()):
             self._phase = Phase.STOPPING_SENDER
             self.courier.is_wanted = False
             self.courier.stop(now_ns)
         if self._phase is Phase.STOPPING_SENDER and self.courier.child is None:
             self._phase = Phase.DONE
 
+    def _all_units(self) -> list[Unit]:
+        return [*self.units.values(), *self._leaving]
+
     def _processes(self) -> Iterator[Supervised]:
-        yield from self.units.values()
+        yield from self._all_units()
         yield self.courier
 
     def _rings(self) -> list[SharedRing]:
-        return [ring for unit in self.units.values() for ring in unit.rings()]
+        return [ring for unit in self._all_units() for ring in unit.rings()]
 
     def _reap(self, now_ns: int) -> None:
-        for ended in reap():
+        for ended in reap(self._watched):
             process = self._watched.pop(ended.pid, None)
             if process is None or process.child is None:
+                self._succession.gone(ended, now_ns)
                 continue  # somebody else's: left to us by whoever started us, or because we are process 1
             self._selector.unregister(process.child.pidfd)
             process.gone(ended, now_ns)
@@ -263,9 +426,12 @@ class Supervisor:
         for process in self._processes():
             if process.is_due(now_ns) and (self._phase is Phase.RUNNING or process is self.courier):
                 process.spawn(now_ns)
-                if process.child is not None:
-                    self._watched[process.child.pid] = process
-                    self._selector.register(process.child.pidfd, selectors.EVENT_READ, lambda: None)
+                self._watch(process)
+
+    def _watch(self, process: Supervised) -> None:
+        if process.child is not None:
+            self._watched[process.child.pid] = process
+            self._selector.register(process.child.pidfd, selectors.EVENT_READ, lambda: None)
 
     def _look(self, now_ns: int) -> None:
         if now_ns - self._looked_ns > ASLEEP_NS:
@@ -273,8 +439,9 @@ class Supervisor:
         self._looked_ns = now_ns
         for process in self._processes():
             process.look(now_ns, self._awake_since_ns)
-        for unit in self.units.values():
+        for unit in self._all_units():
             unit.settle_rings(now_ns)
+        self._forget_the_left()
 
     def _serve_control(self, now_ns: int) -> None:
         if self._control is not None:
@@ -284,8 +451,10 @@ class Supervisor:
         """Return every plugin's status."""
         for _ in range(SNAPSHOT_ATTEMPTS):  # until nothing moved from the rings to the spool meanwhile
             report = self.courier.spool_report()
-            units = zip(self.units.values(), report.plugins, strict=False)
-            found = [status.plugin_status(unit, in_spool, now_ns) for unit, in_spool in units]
+            found = [
+                status.plugin_status(unit, report.plugins[self.slots.of(name)], now_ns)
+                for name, unit in self.units.items()
+            ]
             if report == self.courier.spool_report():
                 break
         return found
@@ -293,17 +462,16 @@ class Supervisor:
     def _publish_telemetry(self, now_ns: int) -> None:
         if now_ns < self._measure_at_ns:
             return
-        self._measure_at_ns = now_ns + int(self.units["agent"].config.period * NS_PER_S)
-        alive = [(process.name, process.pid) for process in self._processes() if process.pid is not None]
-        self.meter.measure([("supervisor", os.getpid()), *alive], now_ns)
+        self._measure_at_ns = now_ns + int(self.units["agent"].period_s * NS_PER_S)
         plugins = self.plugin_statuses(now_ns)
         self._telemetry.writer.publish(
             telemetry.encode(
                 telemetry.Telemetry(
                     uptime_s=(now_ns - self.started_ns) / NS_PER_S,
-                    processes=self.meter.samples,
+                    processes=self.regulation.meter.samples,
                     plugins=[status.plugin_sample(plugin) for plugin in plugins],
                     server_state=self.courier.report().state.name.lower(),
+                    governor=self.regulation.sample(),
                 )
             )
         )
@@ -314,8 +482,8 @@ class Supervisor:
         self.network.close()
         if self._control is not None:
             self._control.close()
-        for ring in self._rings():
-            ring.release()
+        for unit in self._all_units():
+            unit.release()
         self.courier.release()
         self._telemetry.release()
         self._selector.close()

@@ -9,8 +9,10 @@ import contextlib
 import logging
 import socket
 from collections.abc import Mapping
+from typing import Literal
 
 from kon_agent.bpf import interfaces, layout
+from kon_agent.bpf.handover import Counters
 from kon_agent.bpf.layout import Interface
 from kon_agent.bpf.net import NetCounters
 from kon_agent.config.schema import EbpfConfig
@@ -33,14 +35,17 @@ class NetworkWatch:
     def __init__(self, config: EbpfConfig) -> None:
         self.config = config
         self.obstacle = ""
+        self.origin: Literal["none", "kept", "anew"] = "none"  # where the loaded object comes from
         self.monitor: socket.socket | None = None
         self._counters: NetCounters | None = None
         self._page: SharedPage | None = None
 
-    def open(self) -> None:
-        """Load the object and attach it; where that cannot be, `obstacle` says why."""
+    def open(self, taken: Counters | None = None) -> None:
+        """Load the object and attach it, or go on with one `taken` over; where that cannot be, `obstacle` says why."""
         try:
-            self._counters = NetCounters.load()
+            kept = None if taken is None else NetCounters.adopt(taken)
+            self._counters = kept or NetCounters.load()
+            self.origin = "anew" if kept is None else "kept"
         except BpfError as err:
             lacking = privileges.current_privileges().missing("CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON")
             needs = f"{', '.join(lacking)} is missing; " if lacking else ""
@@ -75,6 +80,10 @@ class NetworkWatch:
             if watched.get(ifindex) != name:
                 _tell(self._counters.attach(ifindex, name))
         self._page.writer.publish(self._counters.table())
+
+    def capture(self) -> Counters | None:
+        """Return what the code that takes our place needs to go on with; None: nothing is loaded."""
+        return None if self._counters is None else self._counters.capture()
 
     def attachments(self) -> list[Interface]:
         """Return every watched interface, and how."""

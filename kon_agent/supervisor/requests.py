@@ -6,34 +6,44 @@ Deciding and answering only: the process table belongs to `main`, what is asked 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Protocol
 
 from kon_agent import __version__, clock, credentials
 from kon_agent.clock import NS_PER_S
+from kon_agent.config import rules
+from kon_agent.config.edit import Addition, Change, Removal, Setting, with_plugin
 from kon_agent.config.load import load
-from kon_agent.config.schema import Config
+from kon_agent.config.naming import is_same
+from kon_agent.config.persist import persist
+from kon_agent.config.schema import BUILTIN_SECTIONS, MAX_PLUGINS, Config, PluginConfig
+from kon_agent.config.section import parse_section
+from kon_agent.config.units import parse_duration
 from kon_agent.control_protocol import (
     Op,
     PluginStatus,
     Reload,
     Request,
-    ResourceStatus,
     Result,
+    RingPlace,
     Status,
     Stopping,
+    Tapping,
     unknown_plugin,
 )
-from kon_agent.errors import ControlError
+from kon_agent.errors import ConfigError, ControlError
+from kon_agent.examination import examine
 from kon_agent.lifecycle import State
-from kon_agent.supervisor import status
-from kon_agent.supervisor.control import Pending
+from kon_agent.spoolreport import Slots
+from kon_agent.supervisor import reload, status
+from kon_agent.supervisor.control import Pending, WithFds
 from kon_agent.supervisor.courier import Courier
-from kon_agent.supervisor.meter import Meter
 from kon_agent.supervisor.network import NetworkWatch
+from kon_agent.supervisor.regulation import Regulation
 from kon_agent.supervisor.unit import Unit
 
-_NEEDS_RESTART = ("cache", "control", "user", "limits", "log")
-"""Sections that decide how the supervisor itself is set up."""
+MAX_TAPPED_RINGS = 250
+"""The kernel passes no more than 253 descriptors at once (SCM_MAX_FD, linux/net/scm.h)."""
 
 
 class Supervision(Protocol):
@@ -41,18 +51,35 @@ class Supervision(Protocol):
 
     config: Config
     config_path: str | None
+    started_with: Config
     warnings: list[str]
     started_ns: int
     units: dict[str, Unit]
+    slots: Slots
     courier: Courier
     network: NetworkWatch
-    meter: Meter
+    regulation: Regulation
 
     def warn(self, text: str) -> None:
         """Say once, and show in the status from now on."""
 
+    def withdraw(self, text: str) -> None:
+        """Take a warning back."""
+
+    def go_by(self, config: Config) -> None:
+        """Go by another configuration in what is the supervisor's own."""
+
     def stop(self) -> None:
         """Begin to end."""
+
+    def upgrade(self) -> Callable[[], None]:
+        """Let the installed code take over; return the question how that goes."""
+
+    def add_unit(self, name: str, section: PluginConfig) -> None:
+        """Take a plugin in."""
+
+    def remove_unit(self, name: str, now_ns: int) -> None:
+        """Let a plugin go."""
 
     def plugin_statuses(self, now_ns: int) -> list[PluginStatus]:
         """Return every plugin's status."""
@@ -68,7 +95,7 @@ class Requests:
     def __init__(self, supervisor: Supervision) -> None:
         self._supervisor = supervisor
 
-    def handle(self, request: Request) -> Result | Pending:
+    def handle(self, request: Request) -> Result | Pending | WithFds:
         """Carry out one request.
 
         Raises:
@@ -84,19 +111,37 @@ class Requests:
             case Op.SHUTDOWN:
                 self._supervisor.stop()
                 return Stopping()
-            case Op.PLUGIN_SET_PERIOD:
-                raise ControlError("unsupported", "a plugin's period changes with its configuration", "edit and reload")
+            case Op.UPGRADE:
+                return self._supervisor.upgrade()
+            case Op.TAP:
+                return self._tap(request.plugin)
+            case Op.PLUGIN_ADD:
+                return self._add(request.plugin or "", request.settings, request.persist)
         unit = self._unit(request.plugin or "")
-        if request.persist:
-            raise ControlError("unsupported", "the configuration file is not edited from here", "edit it and reload")
         match request.op:
             case Op.PLUGIN_ENABLE:
-                return self._enable(unit)
+                return self._enable(unit, request.persist)
             case Op.PLUGIN_DISABLE:
-                return self._disable(unit)
+                return self._disable(unit, request.persist)
             case Op.PLUGIN_RESTART:
                 return self._restart(unit)
+            case Op.PLUGIN_SET_PERIOD:
+                return self._set_period(unit, request.period or "", request.persist)
+            case Op.PLUGIN_REMOVE:
+                return self._remove(unit, request.persist)
         return self._plugin(unit)
+
+    def _tap(self, plugin: str | None) -> WithFds:
+        """Hand out the rings of one plugin, or of all; the latest where there are too many."""
+        units = [self._unit(plugin)] if plugin else list(self._supervisor.units.values())
+        rings = sorted((ring for unit in units for ring in unit.rings()), key=lambda ring: ring.number)
+        rings = rings[-MAX_TAPPED_RINGS:]
+        places = [
+            RingPlace(number=ring.number, plugin=ring.plugin, epoch=ring.epoch, size_bytes=int(ring.size_bytes))
+            for ring in rings
+        ]
+        answer = Tapping(agent_id=self._supervisor.config.client_id, rings=places)
+        return WithFds(answer, tuple(ring.tap_fd for ring in rings))
 
     def _plugin(self, unit: Unit) -> PluginStatus:
         statuses = self._supervisor.plugin_statuses(clock.now_ns())
@@ -108,15 +153,20 @@ class Requests:
             raise unknown_plugin(name, self._supervisor.units)
         return unit
 
-    def _enable(self, unit: Unit) -> Pending:
+    def _enable(self, unit: Unit, is_kept: bool) -> Pending:
         if unit.obstacle:
             raise ControlError("unavailable", f"{unit.plugin} cannot run: {unit.obstacle}")
+        if is_kept:
+            self._keep(Setting(unit.plugin, "enable", True))
+        unit.lifecycle.forgive()
         if unit.lifecycle.state in (State.BACKOFF, State.FAILED):
             unit.restart(clock.now_ns())
         unit.is_wanted = True
         return lambda: self._once(unit, unit.child is not None and unit.lifecycle.state is not State.STOPPING)
 
-    def _disable(self, unit: Unit) -> Pending:
+    def _disable(self, unit: Unit, is_kept: bool) -> Pending:
+        if is_kept:
+            self._keep(Setting(unit.plugin, "enable", False))
         unit.is_wanted = False
         unit.stop(clock.now_ns())
         return lambda: self._once(unit, unit.child is None)
@@ -130,10 +180,82 @@ class Requests:
         unit.restart(clock.now_ns())
         return lambda: self._once(unit, unit.pid not in (None, old_pid))
 
+    def _set_period(self, unit: Unit, text: str, is_kept: bool) -> PluginStatus:
+        try:
+            period = parse_duration(text)
+        except ValueError as err:
+            raise ControlError("bad_value", f"period: {err}") from err
+        if what := rules.complaint(type(unit.config), "period", period):
+            raise ControlError("bad_value", f"period: {what}")
+        if is_kept:
+            self._keep(Setting(unit.plugin, "period", period))
+        unit.set_period(float(period))
+        return self._plugin(unit)
+
+    def _add(self, name: str, settings: dict[str, str], is_kept: bool) -> Pending:
+        supervisor = self._supervisor
+        if there := next((known for known in supervisor.units if is_same(known, name)), None):
+            raise ControlError("exists", f"there is a plugin '{there}' already", f"kon-agent plugins enable {there}")
+        if len(supervisor.units) >= MAX_PLUGINS:
+            raise ControlError("full", f"there are {MAX_PLUGINS} plugins, which is the most", "remove one first")
+        if supervisor.slots.is_full and name not in supervisor.slots.names:
+            raise ControlError(
+                "full", "too many names of plugins have come and gone", "restart the agent, or reuse one"
+            )
+        try:
+            section = parse_section(name, settings, supervisor.config, examine)
+            addition = Addition(name, parse_section(name, settings, supervisor.config), settings)
+        except ConfigError as err:
+            raise ControlError("bad_value", str(err)) from err
+        if is_kept:
+            self._keep(addition, section)
+        supervisor.add_unit(name, section)
+        unit = supervisor.units[name]
+        return lambda: self._once(unit, unit.child is not None or not unit.is_wanted or bool(unit.obstacle))
+
+    def _remove(self, unit: Unit, is_kept: bool) -> Pending:
+        supervisor, name = self._supervisor, unit.plugin
+        if name in BUILTIN_SECTIONS:
+            raise ControlError("built_in", f"'{name}' is built in and stays", f"kon-agent plugins disable {name}")
+        if is_kept:
+            self._keep(Removal(name))
+        supervisor.remove_unit(name, clock.now_ns())
+
+        def answer() -> PluginStatus | None:
+            if unit.child is not None:
+                return None
+            in_spool = supervisor.courier.spool_report().plugins[supervisor.slots.of(name)]
+            return status.plugin_status(unit, in_spool, clock.now_ns())
+
+        return answer
+
+    def _keep(self, change: Change, section: PluginConfig | None = None) -> None:
+        """Write a change into the file, and take note of it as if the file had been loaded with it.
+
+        Args:
+            section: of an addition, as loading would make it.
+        """
+        supervisor = self._supervisor
+        if supervisor.config_path is None:
+            hint = "start the agent with -c FILE, or leave --persist out"
+            raise ControlError("no_config", "the agent runs with built-in defaults: there is no file to write to", hint)
+        try:
+            persist(supervisor.config_path, change)
+        except ConfigError as err:
+            raise ControlError("not_persisted", str(err), "nothing has been changed, neither there nor here") from err
+        plugins = supervisor.config.plugins.by_name()
+        if isinstance(change, Addition):
+            supervisor.go_by(with_plugin(supervisor.config, change.plugin, section))
+        elif isinstance(change, Removal):
+            supervisor.go_by(with_plugin(supervisor.config, change.plugin, None))
+        elif change.plugin in plugins:
+            supervisor.go_by(change.applied(supervisor.config))
+            self._supervisor.units[change.plugin].config = supervisor.config.plugins.by_name()[change.plugin]
+
     def _once(self, unit: Unit, is_done: bool) -> PluginStatus | None:
         # A plugin that dies at once is an answer too: its state says so.
         is_done = is_done or (unit.is_wanted and unit.lifecycle.state in (State.BACKOFF, State.FAILED))
-        return self._plugin(unit) if is_done or unit.is_held_back else None
+        return self._plugin(unit) if is_done or unit.is_held_back or unit.pause_reason else None
 
     def status(self) -> Status:
         """Return everything."""
@@ -148,7 +270,7 @@ class Requests:
             spool=status.spool_status(
                 supervisor.courier.spool_report(), int(supervisor.config.cache.max_size), clock.wall_ns() / NS_PER_S
             ),
-            resources=ResourceStatus(cpu_percent=supervisor.meter.cpu_percent, pss_bytes=supervisor.meter.pss_bytes),
+            resources=supervisor.regulation.status(now_ns),
             interfaces=status.interface_status(supervisor.network.attachments()),
             warnings=list(supervisor.warnings),
         )
@@ -163,32 +285,6 @@ class Requests:
         supervisor = self._supervisor
         if supervisor.config_path is None:
             raise ControlError("no_config", "the agent runs with built-in defaults: there is no file to reload")
-        new = load(supervisor.config_path)
+        new = load(supervisor.config_path, examine)
         credentials.check(new.tls)
-        return self._apply(new)
-
-    def _apply(self, new: Config) -> Reload:
-        supervisor, now_ns = self._supervisor, clock.now_ns()
-        old, supervisor.config = supervisor.config, new
-        changed: list[str] = []
-        for name, section in new.plugins.by_name().items():
-            if section != getattr(old.plugins, name):
-                changed.append(f"plugins.{name}")
-                self._reconfigure(supervisor.units[name], now_ns)
-        sections = [name for name in new.__struct_fields__ if name != "plugins"]
-        differing = [name for name in sections if getattr(new, name) != getattr(old, name)]
-        for name in set(differing).intersection(_NEEDS_RESTART):
-            supervisor.warn(f"{name}: the change takes effect when the agent is restarted")
-        if set(differing).difference(_NEEDS_RESTART):
-            supervisor.courier.reconfigure(new, now_ns)
-        everything = [*(f"plugins.{name}" for name in supervisor.units), *sections]
-        changed += differing
-        return Reload(changed=changed, unchanged=[name for name in everything if name not in changed])
-
-    def _reconfigure(self, unit: Unit, now_ns: int) -> None:
-        section = getattr(self._supervisor.config.plugins, unit.plugin)
-        unit.config, unit.is_wanted = section, section.enable
-        if unit.plugin == "ebpf":
-            self._supervisor.network.config = section
-            self._supervisor.network.refresh()
-        unit.restart(now_ns)
+        return reload.apply(supervisor, new, clock.now_ns())

@@ -10,8 +10,10 @@ import contextlib
 import os
 import secrets
 
+from kon_agent.errors import KonError
 from kon_agent.linux.memory import create_memfd, map_memory, reopen_readonly, unmap_memory
 from kon_agent.ring import CONSUMER_BYTES, Observer, Producer, format_ring, producer_bytes
+from kon_agent.supervisor import handover
 
 
 class SharedRing:
@@ -38,15 +40,50 @@ class SharedRing:
             writable = map_memory(self._producer_fd, producer_bytes(size_bytes), writable=True)
             format_ring(writable, self.epoch, size_bytes)
             unmap_memory(writable)
-            # What a child is given of the other's area must be read-only at the file, not just at the mapping.
-            self._producer_ro_fd = _own(stack, reopen_readonly(self._producer_fd))
-            self._consumer_ro_fd = _own(stack, reopen_readonly(self._consumer_fd))
-            producer = map_memory(self._producer_ro_fd, producer_bytes(size_bytes), writable=False, inherit=False)
-            stack.callback(unmap_memory, producer)
-            consumer = map_memory(self._consumer_ro_fd, CONSUMER_BYTES, writable=False, inherit=False)
-            stack.callback(unmap_memory, consumer)
-            self._owned = stack.pop_all()
+            self._open(stack)
+
+    def _open(self, stack: contextlib.ExitStack) -> None:
+        size_bytes = self.size_bytes
+        # What a child is given of the other's area must be read-only at the file, not just at the mapping.
+        self._producer_ro_fd = _own(stack, reopen_readonly(self._producer_fd))
+        self._consumer_ro_fd = _own(stack, reopen_readonly(self._consumer_fd))
+        producer = map_memory(self._producer_ro_fd, producer_bytes(size_bytes), writable=False, inherit=False)
+        stack.callback(unmap_memory, producer)
+        consumer = map_memory(self._consumer_ro_fd, CONSUMER_BYTES, writable=False, inherit=False)
+        stack.callback(unmap_memory, consumer)
+        self._owned = stack.pop_all()
         self.observer = Observer(producer, consumer, size_bytes)
+
+    def capture(self) -> handover.Ring:
+        """Return what the code that takes our place needs to go on with it."""
+        return handover.Ring(
+            number=self.number,
+            plugin=self.plugin,
+            size_bytes=int(self.size_bytes),  # a `Size` has no JSON
+            epoch=self.epoch,
+            is_closed=self.is_closed,
+            producer_fd=self._producer_fd,
+            consumer_fd=self._consumer_fd,
+        )
+
+    @classmethod
+    def adopt(cls, taken: handover.Ring) -> SharedRing:
+        """Return the ring another supervisor has made; its descriptors are the ring's from now on.
+
+        Raises:
+            KonError: they hold no such ring.
+        """
+        sizes = os.fstat(taken.producer_fd).st_size, os.fstat(taken.consumer_fd).st_size
+        if sizes != (producer_bytes(taken.size_bytes), CONSUMER_BYTES):
+            raise KonError(f"ring {taken.number} of {taken.plugin} is handed over with areas of {sizes} bytes")
+        ring = cls.__new__(cls)
+        ring.number, ring.plugin, ring.size_bytes = taken.number, taken.plugin, taken.size_bytes
+        ring.epoch, ring.is_closed = taken.epoch, taken.is_closed
+        with contextlib.ExitStack() as stack:
+            ring._producer_fd = _own(stack, taken.producer_fd)
+            ring._consumer_fd = _own(stack, taken.consumer_fd)
+            ring._open(stack)
+        return ring
 
     def map_producer(self) -> Producer:
         """Return the worker's end. Called in the child."""
@@ -58,6 +95,11 @@ class SharedRing:
     def consumer_fds(self) -> tuple[int, int]:
         """Return what the sender needs: the producer's area read-only, the consumer's read-write."""
         return self._producer_ro_fd, self._consumer_fd
+
+    @property
+    def tap_fd(self) -> int:
+        """What whoever only watches needs: the producer's area read-only. It stays ours to close."""
+        return self._producer_ro_fd
 
     def release(self) -> None:
         """Let go of the memory; what children have mapped stays theirs."""

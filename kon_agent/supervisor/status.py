@@ -8,7 +8,8 @@ from collections.abc import Iterable
 
 from kon_agent.bpf.layout import Interface
 from kon_agent.clock import NS_PER_S
-from kon_agent.control_protocol import InterfaceStatus, PluginStatus, ServerStatus, SpoolStatus
+from kon_agent.config.schema import ForeignConfig
+from kon_agent.control_protocol import Death, InterfaceStatus, PluginStatus, ServerStatus, SpoolStatus
 from kon_agent.lifecycle import State
 from kon_agent.linkreport import LinkReport, LinkState
 from kon_agent.spoolreport import PluginTally, SpoolReport
@@ -34,7 +35,7 @@ def plugin_status(unit: Unit, in_spool: PluginTally, now_ns: int) -> PluginStatu
         state=unit.lifecycle.state.value,
         enabled=unit.is_wanted,
         pid=unit.pid,
-        period_s=float(unit.config.period),
+        period_s=unit.period_s,
         restarts=unit.lifecycle.restarts,
         last_exit=unit.last_exit,
         breaker=unit.lifecycle.breaker,
@@ -51,12 +52,29 @@ def plugin_status(unit: Unit, in_spool: PluginTally, now_ns: int) -> PluginStatu
         missed_ticks=unit.missed_ticks,
         uptime_s=(now_ns - unit.started_ns) / NS_PER_S if is_alive else None,
         detail=_detail(unit, now_ns),
+        type=unit.config.type or unit.plugin,
+        origin=_origin(unit),
+        configured_period_s=float(unit.config.period),
+        priority=unit.config.priority,
+        memory_limit_bytes=int(unit.config.memory_limit),
+        rate_per_s=unit.pace.per_s if is_alive else None,
+        deaths=[Death(when=_rfc3339(wall_ns), reason=reason) for wall_ns, reason in unit.deaths],
     )
+
+
+def _origin(unit: Unit) -> str:
+    return str(unit.config.origin) if isinstance(unit.config, ForeignConfig) else "built-in"
+
+
+def _rfc3339(wall_ns: int) -> str:
+    return datetime.datetime.fromtimestamp(wall_ns / NS_PER_S, datetime.UTC).isoformat(timespec="milliseconds")
 
 
 def _detail(unit: Unit, now_ns: int) -> str:
     if unit.obstacle and unit.is_wanted:
         return unit.obstacle
+    if unit.pause_reason and unit.is_wanted:
+        return unit.pause_reason
     if unit.is_held_back:
         return "not restarted until the sender has drained the rings of the workers before it"
     state = unit.lifecycle.state
@@ -84,11 +102,10 @@ def plugin_sample(status: PluginStatus) -> PluginSample:
 
 def server_status(report: LinkReport, first_server: str) -> ServerStatus:
     """Return the connection's status; before the first attempt it is about the preferred server."""
-    since = datetime.datetime.fromtimestamp(report.since_ns / NS_PER_S, datetime.UTC)
     return ServerStatus(
         address=f"quic://{report.address}" if report.address else first_server,
         state=report.state.name.lower(),
-        since=since.isoformat(timespec="milliseconds"),
+        since=_rfc3339(report.since_ns),
         rtt_ms=report.rtt_us / 1000 if report.state is LinkState.CONNECTED and report.rtt_us else None,
         detail=report.detail,
     )

@@ -15,18 +15,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from kon_agent.clock import NS_PER_S
-from kon_agent.config.schema import LogConfig, PluginConfig
+from kon_agent.config.schema import ExecConfig, ForeignConfig, LogConfig, PluginConfig
+from kon_agent.errors import PluginError
+from kon_agent.examination import source_of
 from kon_agent.linux.privileges import User
-from kon_agent.process import Child, Profile, Role, spawn
+from kon_agent.page import PageReader
+from kon_agent.process import Child, Role, spawn
 from kon_agent.ring import Pulse, Verdict
-from kon_agent.spec import WorkerSpec
+from kon_agent.spec import ORDERS_BYTES, WorkerSpec, encode_orders
+from kon_agent.supervisor import handover
 from kon_agent.supervisor.child import Supervised
+from kon_agent.supervisor.pace import Pace
+from kon_agent.supervisor.profiles import profile_for
+from kon_agent.supervisor.sharedpage import SharedPage
 from kon_agent.supervisor.sharedring import SharedRing
 
 MAX_WAITING_RINGS = 8
 STOP_GRACE_S = 0.4  # "disable" promises an end within 500 ms; a killed worker loses at most the record it was writing
 START_PATIENCE_S = 15.0  # imports on a slow SD card, and the first cycle
 MIN_DEADLINE_S = 5.0
+STEER = signal.SIGUSR1  # look at your orders: they have changed
 
 Grants = Callable[[], Mapping[str, memoryview]]
 """Maps a plugin's shared memory; called in its worker before the drop."""
@@ -82,15 +90,129 @@ class Unit(Supervised):
     ) -> None:
         super().__init__(f"worker {plugin}", STOP_GRACE_S)
         self.plugin = plugin
+        self.target = target
         self.config = config
+        self.log = surroundings.log  # how its next worker logs
+        self.pace = Pace()
         self.is_wanted = config.enable
         self.ring: SharedRing | None = None
-        self._target = target
         self._around = surroundings
         self._grants = grants
         self._waiting: list[SharedRing] = []
         self._totals: Counter[str] = Counter()
         self._missed_before = 0
+        self._period_s = float(config.period)
+        self._stretch = 1
+        self._orders = SharedPage(f"kon-orders-{plugin}", ORDERS_BYTES)
+        self._has_new_orders = False
+        self._steered_ns = 0  # before that, its worker went by another period
+        self.pause_reason = ""  # why the governor does not let it run; empty: it does
+        self._note_obstacle()
+        self._write_orders()
+
+    @property
+    def period_s(self) -> float:
+        """Seconds between its cycles, as things are."""
+        return self._period_s * self._stretch
+
+    def reconfigure(self, config: PluginConfig, now_ns: int) -> None:
+        """Go on with another section: the worker is replaced."""
+        self.config, self.is_wanted = config, config.enable
+        self._note_obstacle()
+        self._period_s = float(config.period)
+        self._write_orders()
+        self.restart(now_ns)
+
+    def _note_obstacle(self) -> None:
+        if isinstance(self.config, ForeignConfig):
+            self.obstacle = self.config.obstacle
+
+    def set_period(self, period_s: float) -> None:
+        """Change the period, without a new worker."""
+        self._period_s = period_s
+        self._steer()
+
+    def stretch(self, factor: int) -> None:
+        """Let its period be `factor` times what it should be."""
+        if factor != self._stretch:
+            self._stretch = factor
+            self._steer()
+
+    def pause(self, reason: str, now_ns: int) -> None:
+        """Keep it from running, whatever else is wanted, until `resume`."""
+        self.pause_reason = reason
+        self.stop(now_ns)
+
+    def resume(self) -> None:
+        """Let it run again, if that is wanted."""
+        self.pause_reason = ""
+
+    def _write_orders(self) -> None:
+        self._orders.writer.publish(encode_orders(int(self.period_s * NS_PER_S)))
+
+    def _steer(self) -> None:
+        self._has_new_orders = True
+        self._write_orders()
+        # One that has not shown life yet may not be ready for a signal; it reads its orders when it is.
+        if self.child is not None and self._heartbeat_ns():
+            self.child.pidfd.send(STEER)
+
+    def look(self, now_ns: int, awake_since_ns: int = 0) -> None:
+        """Note a new heartbeat; replace a silent worker. One that was to run rarely was silent rightly until now."""
+        if self._has_new_orders:
+            self._has_new_orders, self._steered_ns = False, now_ns
+        super().look(now_ns, max(awake_since_ns, self._steered_ns))
+        if self.pace.is_due(now_ns, self.period_s):
+            self.pace.note(self.figures().produced, now_ns)
+
+    def release(self) -> None:
+        """Let go of the memory; the worker is gone, or dies with us."""
+        for ring in self.rings():
+            ring.release()
+        self._orders.release()
+
+    def capture(self) -> handover.Plugin:
+        """Return what the code that takes our place needs to go on with it."""
+        return handover.Plugin(
+            name=self.plugin,
+            kind=self.config.type or self.plugin,
+            life=self.capture_life(),
+            is_wanted=self.is_wanted,
+            was_enabled=self.config.enable,
+            period_s=float(self._period_s),
+            was_period_s=float(self.config.period),
+            orders_fd=self._orders.fd,
+            rings=[ring.capture() for ring in self.rings()],
+            has_current=self.ring is not None,
+            totals=dict(self._totals),
+            missed_ticks=self._missed_before,
+        )
+
+    def adopt(self, taken: handover.Plugin) -> None:
+        """Go on with the worker, the rings and the figures another supervisor had for this plugin.
+
+        What was changed by hand stays so, except where the configuration has been changed as well.
+
+        Raises:
+            KonError: what is handed over is not what it should be.
+            OSError: the worker is not our child, or no memory or descriptor is left.
+        """
+        if taken.was_enabled == self.config.enable:
+            self.is_wanted = taken.is_wanted
+        if taken.was_period_s == self.config.period:
+            self._period_s = taken.period_s
+        self._totals.update(taken.totals)
+        self._missed_before = taken.missed_ticks
+        rings = [SharedRing.adopt(ring) for ring in taken.rings]
+        self.ring = rings.pop() if taken.has_current else None
+        self._waiting = rings
+        self.adopt_life(taken.life)
+        self._orders.take_over(taken.orders_fd)
+        self._steer()
+
+    def count_missed(self, ticks: int) -> None:
+        """Note ticks that no worker was there to keep."""
+        self._missed_before += ticks
 
     def rings(self) -> list[SharedRing]:
         """Return every ring that is not drained yet, the oldest first."""
@@ -98,7 +220,7 @@ class Unit(Supervised):
 
     def is_due(self, now_ns: int) -> bool:
         """Whether a worker should be spawned now."""
-        return super().is_due(now_ns) and len(self._waiting) < MAX_WAITING_RINGS
+        return not self.pause_reason and super().is_due(now_ns) and len(self._waiting) < MAX_WAITING_RINGS
 
     @property
     def is_held_back(self) -> bool:
@@ -113,18 +235,26 @@ class Unit(Supervised):
             body="kon_agent.worker:main",
             keep_fds=(self._around.doorbell,),
             user=self._around.user,
-            profile=Profile(),
+            profile=profile_for(self.config),
         )
 
         def specify() -> WorkerSpec:
+            producer = ring.map_producer()
+            try:
+                source = source_of(self.config.origin) if isinstance(self.config, ForeignConfig) else b""
+            except PluginError as err:
+                producer.say(str(err))
+                raise
             return WorkerSpec(
                 name=self.plugin,
-                target=self._target,
+                target=self.target,
+                source=source,
                 config=self.config,
-                producer=ring.map_producer(),
+                producer=producer,
                 doorbell=self._around.doorbell,
                 grants=self._grants(),
-                log=self._around.log,
+                log=self.log,
+                orders=PageReader(self._orders.map_readonly()),
             )
 
         return spawn(role, prepare=specify)
@@ -138,9 +268,13 @@ class Unit(Supervised):
 
     def _patience_ns(self) -> int:
         if not self._heartbeat_ns():
-            return int((START_PATIENCE_S + self.config.period) * NS_PER_S)
-        deadline = self.config.deadline
-        return int((self.config.period + (deadline or max(MIN_DEADLINE_S, 2 * self.config.period))) * NS_PER_S)
+            return int((START_PATIENCE_S + self.period_s) * NS_PER_S)
+        return int((self.period_s + (self.config.deadline or self._default_deadline_s())) * NS_PER_S)
+
+    def _default_deadline_s(self) -> float:
+        # A program may take its timeout; that it is killed then is not the worker's hang.
+        run_s = float(self.config.timeout or self.period_s) if isinstance(self.config, ExecConfig) else 0.0
+        return max(MIN_DEADLINE_S, 2 * self.period_s, run_s + MIN_DEADLINE_S)
 
     def _last_words(self) -> str:
         return self.ring.observer.last_words() if self.ring else ""

@@ -15,11 +15,12 @@ from kon_agent.wire import kon_agent_pb2 as pb
 _LENGTH_DELIMITED = 2  # wire type LEN, protobuf encoding
 
 
-def encode_record(metric: Metric, ts_ns: int) -> bytes:
+def encode_record(metric: Metric, ts_ns: int, is_clock_unsynced: bool = False) -> bytes:
     """Return `metric` as an encoded member of field 1: what ring, spool and wire carry.
 
     Args:
         ts_ns: the time stamp of a metric that brings none of its own, nanoseconds since the epoch.
+        is_clock_unsynced: the clock has not been set since the machine started: the time stamp may be years off.
 
     Raises:
         TypeError, ValueError: a name, label or value of the wrong type.
@@ -30,6 +31,7 @@ def encode_record(metric: Metric, ts_ns: int) -> bytes:
         value=metric.value,
         labels=metric.labels,
         type=int(metric.type),  # type: ignore[arg-type]
+        clock_unsynced=is_clock_unsynced,
     )
     return field(1, message.SerializeToString())
 

@@ -56,7 +56,7 @@ REJECTED: LossReason
 EXPIRED: LossReason
 
 class Metric(_message.Message):
-    __slots__ = ("timestamp", "name", "value", "labels", "type", "payload")
+    __slots__ = ("timestamp", "name", "value", "labels", "type", "payload", "clock_unsynced")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -70,13 +70,15 @@ class Metric(_message.Message):
     LABELS_FIELD_NUMBER: _ClassVar[int]
     TYPE_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    CLOCK_UNSYNCED_FIELD_NUMBER: _ClassVar[int]
     timestamp: int
     name: str
     value: float
     labels: _containers.ScalarMap[str, str]
     type: MetricType
     payload: bytes
-    def __init__(self, timestamp: _Optional[int] = ..., name: _Optional[str] = ..., value: _Optional[float] = ..., labels: _Optional[_Mapping[str, str]] = ..., type: _Optional[_Union[MetricType, str]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    clock_unsynced: bool
+    def __init__(self, timestamp: _Optional[int] = ..., name: _Optional[str] = ..., value: _Optional[float] = ..., labels: _Optional[_Mapping[str, str]] = ..., type: _Optional[_Union[MetricType, str]] = ..., payload: _Optional[bytes] = ..., clock_unsynced: _Optional[bool] = ...) -> None: ...
 
 class BatchMetricsRequest(_message.Message):
     __slots__ = ("metrics", "agent_id", "timestamp")

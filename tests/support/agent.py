@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kon_agent.cli import client
+from kon_agent.config.schema import BUILTIN_SECTIONS
 from kon_agent.control_protocol import Op, PluginStatus, Request, Status
-from kon_agent.plugins import BUILTIN
 from tests.support.program import Program, environment_of
 from tests.support.waiting import wait_for
 
@@ -60,6 +60,7 @@ class Agent(Program):
             "batch": {"max_age": PERIOD},
             "control": {"socket": str(self.socket)},
             "shutdown_timeout": "5s",
+            "limits": {"cpu": "100%", "memory": "1GiB"},  # quick in everything is not frugal
             **(sections or {}),
         }
         self.configure(plugins)
@@ -67,7 +68,8 @@ class Agent(Program):
     def configure(self, plugins: Mapping[str, Sections]) -> None:
         """Write its configuration, with these plugins enabled; a running agent learns of it by `reload`."""
         common = {"period": PERIOD, "deadline": DEADLINE}
-        sections = {name: {"enable": name in plugins, **common, **plugins.get(name, {})} for name in BUILTIN}
+        names = dict.fromkeys([*BUILTIN_SECTIONS, *plugins])  # instances of a type come with their type
+        sections = {name: {"enable": name in plugins, **common, **plugins.get(name, {})} for name in names}
         self.config_path.write_text(json.dumps({**self._base, "plugins": sections}, indent=2))  # JSON is YAML
 
     def arguments(self) -> list[str]:

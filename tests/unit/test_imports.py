@@ -23,14 +23,15 @@ ROOT = Path(kon_agent.__file__).parent
 
 LAYERS: tuple[set[str], ...] = (
     {  # leaf nouns
-        *("", "backoff", "clock", "errors", "importpath", "lifecycle", "linkreport", "linux", "logs", "metric", "page"),
-        *("ranges", "ring", "schedule", "spoolreport"),
+        *("", "backoff", "breaker", "catalog", "clock", "errors", "importpath", "lifecycle", "linkreport", "linux"),
+        *("logs", "metric", "page", "ranges", "ring", "schedule", "spoolreport", "tapping"),
     },
     {  # adapters: to the kernel, the disk, the wire, the user's files, the other processes
-        *("bpf", "channel", "config", "control_protocol", "credentials", "process", "spool", "telemetry", "wire"),
+        *("bpf", "channel", "config", "control_protocol", "credentials", "inquiry", "process", "spool", "telemetry"),
+        "wire",
     },
-    {"plugins", "spec"},
-    {"receiver", "sender", "worker"},  # process bodies and their parts
+    {"examination", "plugins", "spec"},
+    {"examinee", "receiver", "sender", "worker"},  # process bodies and their parts
     {"supervisor"},
     {"cli"},
 )
@@ -48,6 +49,7 @@ ONLY_IN = {
     "pylibbpf": {"bpf"},
     "ruamel": {"config"},
     "sqlite3": {"receiver"},
+    "subprocess": {"cli", "plugins.program"},
     "threading": {"plugins"},
     "zstandard": {"sender", "receiver"},
 }

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable, Iterator
 import pytest
 
 from kon_agent import clock, worker
+from kon_agent.clock import NS_PER_S
 from kon_agent.config.schema import Duration, LogConfig, PluginConfig
 from kon_agent.errors import NoData
 from kon_agent.metric import Metric
+from kon_agent.page import PageReader, PageWriter, page_size
 from kon_agent.plugins.context import Context
 from kon_agent.ring import (
     CONSUMER_BYTES,
@@ -27,7 +29,8 @@ from kon_agent.ring import (
     format_ring,
     producer_bytes,
 )
-from kon_agent.spec import WorkerSpec
+from kon_agent.spec import ORDERS_BYTES, WorkerSpec, encode_orders
+from kon_agent.wire import kon_agent_pb2 as pb
 from kon_agent.wire.encode import encode_record
 
 SIZE = 16 * 1024
@@ -85,6 +88,8 @@ class Rig:
         self.observer = Observer(producer, consumer, SIZE)
         self.consumer = Consumer(producer, consumer, SIZE)
         self.doorbell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.orders = memoryview(bytearray(page_size(ORDERS_BYTES)))
+        self.order(PERIOD_S)
         self.spec = WorkerSpec(
             name="test",
             target=f"{__name__}:{target}",
@@ -93,7 +98,12 @@ class Rig:
             doorbell=self.doorbell,
             grants={"telemetry": memoryview(b"page")},
             log=LogConfig(),
+            orders=PageReader(self.orders),
         )
+
+    def order(self, period_s: float) -> None:
+        """Order another period."""
+        PageWriter(self.orders).publish(encode_orders(int(period_s * NS_PER_S)))
 
     def run(self, *acts: Callable[[], Iterable[Metric]]) -> int:
         """Run the worker's body for as many cycles as there are acts."""
@@ -127,7 +137,9 @@ def untouched() -> Iterator[None]:
 
 
 @pytest.fixture
-def rig() -> Iterator[Rig]:
+def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    """A worker's surroundings, on a machine whose clock has been set."""
+    monkeypatch.setattr(worker, "_has_clock_been_set", lambda: True)
     made = Rig()
     yield made
     os.close(made.doorbell)
@@ -315,3 +327,109 @@ def test_a_full_doorbell_is_no_trouble(rig: Rig) -> None:
         os.eventfd_write(rig.doorbell, 1)
     assert os.EX_OK == rig.run(one)
     assert 1 == len(rig.records())
+
+
+def test_a_new_order_changes_the_period(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker that waits for a tick an hour away runs at once when it is told to run more often."""
+    rig.order(3600.0)
+
+    def hurry() -> Iterable[Metric]:
+        rig.order(PERIOD_S)
+        os.kill(os.getpid(), signal.SIGUSR1)  # as the supervisor does
+        return [LOAD]
+
+    monkeypatch.setattr("kon_agent.schedule.FIRST_TICK_MAX_NS", MS)
+    assert os.EX_OK == rig.run(hurry, one)
+    assert 2 == rig.observer.pulse().cycles
+
+
+def test_records_are_marked_until_the_clock_is_set(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was made before a time service has set the clock says so; once it has been set, it stays so."""
+    synchronized = iter([False, True, False])
+    monkeypatch.setattr(worker, "_has_clock_been_set", lambda: next(synchronized))
+    rig.run(one, one, one)
+    members = [pb.BatchMetricsRequest.FromString(record.payload).metrics[0] for record in rig.records()]
+    assert [True, False, False] == [member.clock_unsynced for member in members]
+
+
+def test_an_unknown_clock_marks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernel does not tell, no record is marked."""
+
+    def refuse() -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(worker, "read_clock_state", refuse)
+    assert worker._has_clock_been_set()
+
+
+# ── event style ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Following:
+    """An event-style collector that follows a pipe, and tells the worker to stop once it has seen enough."""
+
+    reader, writer = -1, -1
+    answers: list[bool] = []  # noqa: RUF012 - the worker makes it out of the test's sight
+    calls: list[str] = []  # noqa: RUF012
+    enough = 3
+
+    def __init__(self, config: PluginConfig, context: Context) -> None:
+        self.answers.clear()
+        self.calls.clear()
+
+    def fileno(self) -> int:
+        return self.reader
+
+    def run(self, emit: Callable[[Metric], None]) -> Iterator[object]:
+        try:
+            while True:
+                if len(self.answers) == self.enough:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                self.answers.append((yield self))
+                emit(LOAD)
+        finally:
+            self.calls.append("closed")
+
+    def stop(self) -> None:
+        self.calls.append("stop")
+
+
+@pytest.fixture
+def pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, int]]:
+    """Return a pipe for `Following` to follow."""
+    reader, writer = os.pipe()
+    monkeypatch.setattr(Following, "reader", reader)
+    monkeypatch.setattr(Following, "writer", writer)
+    yield reader, writer
+    for fd in (reader, writer):
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+def test_events_are_published_and_the_end_is_told(pipe: tuple[int, int]) -> None:
+    """A collector that yields a source is resumed when it is readable; at the end it is closed, then stopped."""
+    os.write(pipe[1], b"x")
+    rig = Rig("Following")
+    assert os.EX_OK == worker.main(rig.spec)
+    assert [True] * Following.enough == Following.answers
+    assert ["closed", "stop"] == Following.calls
+    assert Following.enough == rig.observer.stats().produced
+
+
+def test_a_quiet_source_is_waited_for_a_period_and_is_alive(pipe: tuple[int, int]) -> None:
+    """Each period without an event is a resumption and a heartbeat."""
+    since_ns = clock.now_ns()
+    rig = Rig("Following")
+    assert os.EX_OK == worker.main(rig.spec)
+    assert [False] * Following.enough == Following.answers
+    assert clock.now_ns() - since_ns >= Following.enough * PERIOD_S * NS_PER_S
+    assert rig.observer.pulse().heartbeat_ns > since_ns
+
+
+def test_a_source_that_has_hung_up_keeps_nobody_busy(pipe: tuple[int, int]) -> None:
+    """A pipe whose writers are gone is asked again once a period, not at once and for ever."""
+    os.close(pipe[1])
+    since_ns = clock.now_ns()
+    assert os.EX_OK == worker.main(Rig("Following").spec)
+    assert [False] * Following.enough == Following.answers
+    assert clock.now_ns() - since_ns >= Following.enough * PERIOD_S * NS_PER_S

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from kon_agent.cli import agent as commands
-from kon_agent.cli import trial
+from kon_agent.cli import target, trial
 from kon_agent.config.schema import Config
 from kon_agent.control_protocol import (
     Op,
@@ -39,7 +39,7 @@ Cli = Callable[..., Result]
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cli:
     """Run `kon-agent` with these arguments, on a machine without an installed configuration."""
-    monkeypatch.setattr(commands, "DEFAULT_CONFIG", str(tmp_path / "absent.yaml"))
+    monkeypatch.setattr(target, "DEFAULT_CONFIG", str(tmp_path / "absent.yaml"))
 
     def invoke(*arguments: str) -> Result:
         return CliRunner().invoke(commands.main, arguments)
@@ -59,11 +59,14 @@ def test_status_json_has_every_field_of_the_contract(cli: Cli, agent: FakeAgent,
     assert {
         "name", "state", "enabled", "pid", "period_s", "restarts", "last_exit", "breaker", "produced",
         "acked", "in_flight", "in_ring", "spooled", "dropped", "ring_used_bytes", "ring_size_bytes", "collect_ms",
-        "missed_ticks", "uptime_s", "detail", "recovered",
+        "missed_ticks", "uptime_s", "detail", "recovered", "type", "origin", "configured_period_s", "priority",
+        "memory_limit_bytes", "rate_per_s", "deaths",
     } == set(printed["plugins"][0])  # fmt: skip
     assert {"address", "state", "since", "rtt_ms", "detail"} == set(printed["server"])
     assert {"bytes", "max_bytes", "segments", "records", "oldest_age_s", "mode", "detail"} == set(printed["spool"])
-    assert {"cpu_percent", "pss_bytes", "level"} == set(printed["resources"])
+    assert {
+        "cpu_percent", "pss_bytes", "level", "cpu_limit_percent", "memory_limit_bytes", "detail", "steps",
+    } == set(printed["resources"])  # fmt: skip
     assert ([Request(op=Op.STATUS)], 0) == (agent.requests, result.exit_code)
 
 
@@ -84,6 +87,68 @@ def test_list_is_a_table(cli: Cli, agent: FakeAgent, cpu: PluginStatus) -> None:
     agent.reply = lambda _: encode_result([cpu])
     heading, line = cli("plugins", "list").stdout.splitlines()
     assert ("NAME", "cpu") == (heading.split()[0], line.split()[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "request_"),
+    [
+        (("enable", "cpu"), Request(op=Op.PLUGIN_ENABLE, plugin="cpu")),
+        (("disable", "cpu", "--persist"), Request(op=Op.PLUGIN_DISABLE, plugin="cpu", persist=True)),
+        (("set-period", "cpu", "1s"), Request(op=Op.PLUGIN_SET_PERIOD, plugin="cpu", period="1s")),
+        (("remove", "ups", "--persist"), Request(op=Op.PLUGIN_REMOVE, plugin="ups", persist=True)),
+        (
+            ("add", "ups", "--type", "exec", "--period", "1s", "--set", "command=[/bin/x, a=b]"),
+            Request(
+                op=Op.PLUGIN_ADD,
+                plugin="ups",
+                settings={"type": "exec", "period": "1s", "command": "[/bin/x, a=b]"},
+            ),
+        ),
+    ],
+)
+def test_changes_are_asked_for_as_given(
+    cli: Cli, agent: FakeAgent, cpu: PluginStatus, arguments: tuple[str, ...], request_: Request
+) -> None:
+    """What the arguments say is what the agent is asked for."""
+    agent.reply = lambda _: encode_result(cpu)
+    assert 0 == cli("plugins", *arguments).exit_code
+    assert [request_] == agent.requests
+
+
+@pytest.mark.parametrize("given", [("period",), ("=1s",), ("top=1", "top=2")])
+def test_settings_are_keys_and_values(cli: Cli, agent: FakeAgent, given: tuple[str, ...]) -> None:
+    """What is no KEY=VALUE, or says one thing twice, is a mistake of the command line."""
+    options = [word for text in given for word in ("--set", text)]
+    assert 2 == cli("plugins", "add", "ups", *options).exit_code
+    assert [] == agent.requests
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_a_script(cli: Cli, shell: str) -> None:
+    """The script for each shell calls the program back."""
+    result = cli("completion", shell)
+    assert (0, True) == (result.exit_code, f"_KON_AGENT_COMPLETE={shell}_complete" in result.stdout)
+
+
+def proposed(words: str) -> list[str]:
+    """Return what bash is proposed behind `kon-agent WORDS`."""
+    count = str(len(words.split(" ")))
+    environment = {"_KON_AGENT_COMPLETE": "bash_complete", "COMP_WORDS": f"kon-agent {words}", "COMP_CWORD": count}
+    result = CliRunner().invoke(commands.main, prog_name="kon-agent", env=environment)
+    return [line.partition(",")[2] for line in result.stdout.splitlines()]
+
+
+def test_the_agents_plugins_are_proposed(cli: Cli, agent: FakeAgent, cpu: PluginStatus) -> None:
+    """Behind a command that takes a plugin stand the running agent's; commands complete as well."""
+    agent.reply = lambda _: encode_result([cpu, msgspec.structs.replace(cpu, name="ups")])
+    assert ["ups"] == proposed("plugins disable u")
+    assert ["set-period"] == proposed("plugins set")
+
+
+def test_without_an_agent_the_built_in_names_are_proposed(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No agent, no message: the names every agent has."""
+    monkeypatch.setenv("KON_AGENT_SOCKET", "/nowhere/control.sock")
+    assert ["memory"] == proposed("plugins disable me")
 
 
 @pytest.mark.parametrize(
@@ -124,6 +189,8 @@ def test_reload_lists_what_changed(cli: Cli, agent: FakeAgent) -> None:
     assert "changed: plugins.cpu, batch\n" == cli("reload").stdout
     agent.reply = lambda _: encode_result(Reload(changed=[], unchanged=["tls"]))
     assert "nothing has changed\n" == cli("reload").stdout
+    agent.reply = lambda _: encode_result(Reload(changed=["user"], unchanged=[], waiting=["user"]))
+    assert "changed: user\nuser: takes effect when the agent is restarted\n" == cli("reload").stdout
 
 
 def test_shutdown(cli: Cli, agent: FakeAgent) -> None:
@@ -145,11 +212,11 @@ def test_flag_beats_file_beats_environment(cli: Cli, agent: FakeAgent, tmp_path:
 def test_installed_configuration_names_the_socket(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without flag and environment the installed file names the socket; a broken one is no obstacle."""
     installed = tmp_path / "installed.yaml"
-    monkeypatch.setattr(commands, "DEFAULT_CONFIG", str(installed))
+    monkeypatch.setattr(target, "DEFAULT_CONFIG", str(installed))
     monkeypatch.delenv("KON_AGENT_SOCKET", raising=False)
     installed.write_text("control: {socket: /nowhere/installed.sock}\n")
     assert "/nowhere/installed.sock" in cli("status").stderr
-    monkeypatch.setattr(commands, "DEFAULT_SOCKET", "/nowhere/default.sock")
+    monkeypatch.setattr(target, "DEFAULT_SOCKET", "/nowhere/default.sock")
     installed.write_text("nonsense: 1\n")
     assert "/nowhere/default.sock" in cli("status").stderr
 
@@ -188,12 +255,13 @@ def supervised(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Config, str | None
     """What the supervisor was started with; it ends with code 3."""
     calls: list[tuple[Config, str | None]] = []
 
-    def run(config: Config, path: str | None) -> int:
+    def run(config: Config, path: str | None, given_fd: int | None = None) -> int:
         calls.append((config, path))
         return 3
 
     module = types.ModuleType("kon_agent.supervisor")
     module.run = run  # type: ignore[attr-defined]
+    module.rehearse = run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "kon_agent.supervisor", module)
     return calls
 

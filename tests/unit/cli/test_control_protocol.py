@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from kon_agent.config.schema import Size
 from kon_agent.control_protocol import (
     MAX_REQUEST_BYTES,
     Op,
@@ -93,3 +94,9 @@ def test_unknown_plugin_suggests_the_nearest() -> None:
     """A slip of the finger gets the name that was meant, anything else the names there are."""
     assert "did you mean 'memory'?" == unknown_plugin("memroy", ["cpu", "memory"]).hint
     assert "the plugins are cpu, memory" == unknown_plugin("zzz", ["memory", "cpu"]).hint
+
+
+def test_a_size_in_an_answer_is_a_number() -> None:
+    """The configuration's own kinds of numbers can be answered with: none of them ends the supervisor."""
+    line = encode_result(Stopping(stopping=Size(1)))  # type: ignore[arg-type]
+    assert b'{"ok":true,"result":{"stopping":1}}\n' == line

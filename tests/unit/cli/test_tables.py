@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 
+import msgspec
 import pytest
 from rich.console import Console
 
 from kon_agent.cli import tables
-from kon_agent.control_protocol import PluginStatus, Status
+from kon_agent.control_protocol import Death, PluginStatus, Status
 
 
 def _terminal(columns: int) -> Console:
@@ -38,6 +39,38 @@ def test_plugins_fit_80_columns(cpu: PluginStatus, broken: PluginStatus) -> None
     assert ["cpu", "RUNNING", "4194303", "5s", "0", "-", "69379200", "69379190", "0"] == first.split()
     assert ["memory", "HALF_OPEN", "-", "500ms", "12", "exit", "70", "0", "0", "4"] == second.split()
     assert max(map(len, (heading, first, second))) <= 80
+
+
+@pytest.mark.parametrize("indent", [0, 2])
+def test_numbers_stand_in_full_in_80_columns(cpu: PluginStatus, indent: int) -> None:
+    """Where there are too many, headings give way, then long names; a number never does."""
+    name = "an-instance-of-some-plugin"
+    plugins = [msgspec.structs.replace(cpu, name=name, restarts=12, last_exit="killed by SIGKILL"), cpu]
+    out = _terminal(80)
+    tables.print_plugins(plugins, out, indent)
+    lines = _text(out).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert ["RUNNING", "4194303", "5s", "12", "SIGKILL", "69379200", "69379190", "0"] == lines[1].split()[1:]
+    assert lines[1].split()[0].startswith("an-insta")
+
+
+def test_a_wide_terminal_shows_more(cpu: PluginStatus) -> None:
+    """Behind the columns that are always there."""
+    out = _terminal(120)
+    tables.print_plugins([msgspec.structs.replace(cpu, rate_per_s=2.4, uptime_s=3725.0)], out)
+    heading, line = (row.split() for row in _text(out).splitlines())
+    assert ["DROPPED", "UPTIME", "BREAKER", "RATE"] == heading[-4:]
+    assert ["0", "1h", "2m", "closed", "2.4/s"] == line[-5:]
+
+
+def test_plugin_info_tells_of_deaths_and_periods(cpu: PluginStatus) -> None:
+    """Each with its time; a period that is not the configured one stands beside it."""
+    deaths = [Death(when="2026-01-02T03:04:05.000+00:00", reason="killed by SIGKILL")]
+    out = tables.console(io.StringIO())
+    tables.print_plugin(msgspec.structs.replace(cpu, deaths=deaths, configured_period_s=1.0), out)
+    lines = _text(out).splitlines()
+    assert "death         2026-01-02T03:04:05.000+00:00  killed by SIGKILL" in lines
+    assert "period        5s (configured: 1s)" in lines
 
 
 def test_reason_of_a_death_stands_in_full(broken: PluginStatus) -> None:

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kon_agent.config import MAX_CONFIG_BYTES, Config, check, check_receiver, load, load_receiver
+from kon_agent.config.schema import TYPES
 from kon_agent.errors import ConfigError
 
 SEED = """\
@@ -107,7 +108,7 @@ WRONG = [
     ("client-idd: x", "1:1: client-idd: unknown key; did you mean 'client-id'?"),
     ("cache: {max_sise: 1MB}", "1:9: cache.max_sise: unknown key; did you mean 'max_size'?"),
     ("plugins: {cup: {}}", "1:11: plugins.cup: unknown plugin; did you mean 'cpu'?"),
-    ("plugins: {zzz: {}}", "1:11: plugins.zzz: unknown plugin; known are cpu, memory, disk, ebpf, agent"),
+    ("plugins: {zzz: {}}", f"1:11: plugins.zzz: unknown plugin; known are {', '.join(TYPES)}"),
     ("user: a\nuser: b", "2:1: user: given twice, first on line 1; keep one of the two"),
     (
         "client_id: a\nclient-id: b",

@@ -12,7 +12,19 @@ import pytest
 from msgspec.structs import replace
 
 from kon_agent.config import Config, ReceiverConfig, check, load, load_receiver
-from kon_agent.config.schema import CacheConfig, Duration, PluginsConfig, Share, Size, TlsConfig
+from kon_agent.config.document import compose, plain
+from kon_agent.config.rules import NO_KEYS
+from kon_agent.config.schema import (
+    BUILTIN_SECTIONS,
+    CacheConfig,
+    Duration,
+    ExecConfig,
+    PluginConfig,
+    PluginsConfig,
+    Share,
+    Size,
+    TlsConfig,
+)
 from kon_agent.config.units import format_duration, format_share, format_size
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -22,15 +34,26 @@ DOC = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
 def _sections(section: type[msgspec.Struct], path: str = "") -> dict[str, type[msgspec.Struct]]:
     """Return every section below `section` by its dotted path."""
     found = {path: section}
-    for field in msgspec.structs.fields(section):
+    for field in _own_fields(section):
         if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
             found |= _sections(field.type, f"{path}.{field.name}".lstrip("."))
     return found
 
 
+def _own_fields(section: type[msgspec.Struct]) -> list[msgspec.structs.FieldInfo]:
+    """Return the keys of a section, without those that every plugin has."""
+    common = PluginConfig.__struct_fields__ if issubclass(section, PluginConfig) and section != PluginConfig else ()
+    fields = msgspec.structs.fields(section)
+    return [field for field in fields if field.name not in common and (section, field.name) not in NO_KEYS]
+
+
 def _default(section: type[msgspec.Struct], field: msgspec.structs.FieldInfo) -> str:
     """Return a field's default as the documentation writes it."""
-    value: Any = getattr(section(), field.name)
+    if field.required:
+        return "required"
+    if (section, field.name) == (ExecConfig, "timeout"):
+        return "the period"
+    value: Any = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
     if isinstance(value, msgspec.Struct):
         return "see below" if section is not ReceiverConfig else "as for the agent"
     if field.name == "client_id":
@@ -50,11 +73,19 @@ def _documented(heading: str) -> dict[str, str]:
     return dict(re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \|", table, flags=re.MULTILINE))
 
 
-@pytest.mark.parametrize(("path", "section"), _sections(Config).items())
-def test_documentation_names_every_key(path: str, section: type[msgspec.Struct]) -> None:
+HEADINGS = {
+    "## The agent's file": Config,
+    "### Every plugin's keys": PluginConfig,
+    "### `type: exec`": ExecConfig,
+    **{f"### `{path}`": section for path, section in _sections(Config).items() if path and _own_fields(section)},
+}
+
+
+@pytest.mark.parametrize("heading", HEADINGS)
+def test_documentation_names_every_key(heading: str) -> None:
     """docs/configuration.md lists each section's keys with their defaults: all of them and no other."""
-    heading = f"### `{path}`" if path else "## The agent's file"
-    expected = {field.name: _default(section, field) for field in msgspec.structs.fields(section)}
+    section = HEADINGS[heading]
+    expected = {field.name: _default(section, field) for field in _own_fields(section)}
     assert expected == _documented(heading)
 
 
@@ -84,9 +115,13 @@ def _uncommented(name: str, folder: Path) -> str:
     return str(copy)
 
 
-def _shown_keys(name: str) -> list[str]:
-    text = (ROOT / "etc" / name).read_text(encoding="utf-8")
-    return re.findall(r"^ *#?([\w-]+):(?: |$)", text, flags=re.MULTILINE)
+def _shown_keys(name: str, folder: Path) -> dict[str, Any]:
+    """Return what a sample shows, in use or as an option."""
+    root = compose(Path(_uncommented(name, folder)).read_text(encoding="utf-8"), name).root
+    assert root is not None
+    shown = plain(root)
+    assert isinstance(shown, dict)
+    return {key.replace("-", "_"): value for key, value in shown.items()}
 
 
 def test_agent_sample_loads() -> None:
@@ -112,22 +147,38 @@ def test_agent_sample_shows_every_default(tmp_path: Path) -> None:
             )
         },
     }
-    # The deadline shown is what the default comes to with the default period.
-    plugins = {name: replace(plugin, deadline=10.0) for name, plugin in PluginsConfig().by_name().items()}
+    # The deadline shown is what the default comes to with the default period, as is the timeout.
+    plugins: dict[str, Any] = {name: section() for name, section in BUILTIN_SECTIONS.items()}
+    plugins["cpu"] = replace(plugins["cpu"], deadline=10.0)
+    raid = ExecConfig(type="exec", command=["/usr/local/lib/kon-agent/raid-status"], timeout=Duration(5.0))
     expected = Config(
         client_id="edge-agent-1",
-        plugins=PluginsConfig(**plugins),
+        plugins=PluginsConfig(**plugins, instances={"raid": raid}),
         cache=CacheConfig(path="/tmp/edge_agent.cache"),
         tls=TlsConfig(**examples),
     )
     assert expected == config
 
 
-@pytest.mark.parametrize(("name", "section"), [("agent.yaml", Config), ("receiver.yaml", ReceiverConfig)])
-def test_sample_shows_every_key(name: str, section: type[msgspec.Struct]) -> None:
-    """A sample shows each key of the schema as often as the schema has it."""
-    expected = [field.name for part in _sections(section).values() for field in msgspec.structs.fields(part)]
-    assert sorted(expected) == sorted(key.replace("-", "_") for key in _shown_keys(name))
+def test_agent_sample_shows_every_key(tmp_path: Path) -> None:
+    """Each section shows each of its own keys; those of every plugin are shown once, with the first."""
+    shown = _shown_keys("agent.yaml", tmp_path)
+    common = {field.name for field in msgspec.structs.fields(PluginConfig)}
+    assert {field.name for field in _own_fields(Config)} == shown.keys()
+    assert {*BUILTIN_SECTIONS, "raid"} == shown["plugins"].keys()
+    assert common <= shown["plugins"]["cpu"].keys() | {"type"}
+    for path, section in _sections(Config).items():
+        if path and section is not PluginsConfig:
+            parent, _, name = path.rpartition(".")
+            keys = (shown[parent] if parent else shown)[name] or {}
+            assert {field.name for field in _own_fields(section)} == keys.keys() - common, path
+    assert {field.name for field in _own_fields(ExecConfig)} | {"type"} == shown["plugins"]["raid"].keys()
+
+
+def test_receiver_sample_shows_every_key(tmp_path: Path) -> None:
+    """The receiver's sample shows each key of its schema."""
+    shown = _shown_keys("receiver.yaml", tmp_path)
+    assert {field.name for field in msgspec.structs.fields(ReceiverConfig)} == shown.keys()
 
 
 def test_receiver_sample_loads(tmp_path: Path) -> None:

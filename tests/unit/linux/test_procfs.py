@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 
 import pytest
 
 from kon_agent.linux import procfs
+from tests.support.waiting import wait_for
 
 NO_SUCH_PID = 2**22 + 1  # above the largest pid_max
 
@@ -70,3 +72,24 @@ def test_a_process_that_is_gone_is_an_os_error(read) -> None:  # type: ignore[no
     """Callers catch one exception type."""
     with pytest.raises(OSError):
         read(NO_SUCH_PID)
+
+
+def test_a_family_counts_what_has_ended() -> None:
+    """cutime and cstime come after utime and stime."""
+    line = "42 (x) R 9 () S 1 42 42 0 -1 4194560 100 0 0 0 250 50 7 8 20 0 1 0 5 0 0\n"
+    assert 315 == procfs._parse_family_cpu_ticks(line)
+
+
+def test_descendants_are_found_at_any_depth() -> None:
+    """A child of a child is one of the family; a process that is not there has none."""
+    with subprocess.Popen(["/bin/sh", "-c", "sh -c 'read x; :'; :"], stdin=subprocess.PIPE) as child:
+        wait_for(lambda: len(procfs.read_descendants(child.pid)) == 1, "the inner shell runs")
+        assert child.pid in procfs.read_descendants(os.getpid())
+        assert set(procfs.read_descendants(child.pid)) < set(procfs.read_descendants(os.getpid()))
+    assert [] == procfs.read_descendants(NO_SUCH_PID)
+
+
+def test_what_is_resident_is_no_less_than_the_share() -> None:
+    """PSS divides what RSS counts in full."""
+    share, _ = procfs.read_pss_bytes(os.getpid())
+    assert 0 < share <= procfs.read_resident_bytes(os.getpid()) + 4 * 1024 * 1024

@@ -131,3 +131,74 @@ def test_the_filter_fits(machine: Architecture) -> None:
     program = build_filter(machine, PID)
     assert len(program) < 4096
     assert all(len(step.encode()) == 8 for step in program)
+
+
+EXEC = frozenset({"exec"})
+SIGNALS = frozenset({"exec", "signals"})
+
+
+@pytest.mark.parametrize("name", ["execve", "fork", "vfork", "pidfd_open"])
+def test_exec_lets_programs_be_started(machine: Architecture, name: str) -> None:
+    """What starting one and noticing its end takes, as far as the architecture has it."""
+    if name in machine.numbers:
+        assert ALLOW == verdict(machine, machine.numbers[name], allow=EXEC)
+
+
+@pytest.mark.parametrize(
+    "name", ["setsid", "setpgid", "memfd_create", "execveat", "pidfd_send_signal", "socket", "bpf"]
+)
+def test_exec_opens_no_way_out(machine: Architecture, name: str) -> None:
+    """No session or group of its own, no program from memory, no signal by descriptor, no network."""
+    for groups in (EXEC, SIGNALS):
+        assert REFUSE == verdict(machine, machine.numbers[name], allow=groups)
+
+
+def test_memory_files_are_refused_to_programs_only(machine: Architecture) -> None:
+    """Without `exec` nothing in one could be run."""
+    assert ALLOW == verdict(machine, machine.numbers["memfd_create"])
+
+
+@pytest.mark.parametrize(
+    ("expected", "flags"),
+    [
+        (ALLOW, 17),  # fork: SIGCHLD
+        (ALLOW, 0x4111),  # vfork where it is no call of its own: CLONE_VM | CLONE_VFORK | SIGCHLD
+        (ALLOW, 0x003D0F00),  # glibc's pthread_create
+        (REFUSE, 0x8011),  # CLONE_PARENT
+        *[
+            (REFUSE, flag | 17)
+            for flag in (0x20000, 0x2000000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000)
+        ],
+    ],
+)
+def test_exec_makes_processes_but_no_namespaces(machine: Architecture, expected: int, flags: int) -> None:
+    """Children and threads of its own, in the namespaces it is in."""
+    assert expected == verdict(machine, machine.numbers["clone"], flags, allow=EXEC)
+    assert UNKNOWN == verdict(machine, machine.numbers["clone3"], allow=EXEC)
+
+
+@pytest.mark.parametrize(
+    ("expected", "target"), [(ALLOW, PID), (ALLOW, 0), (ALLOW, -PID), (REFUSE, -1), (REFUSE, 1), (REFUSE, -PID - 1)]
+)
+def test_exec_signals_its_own_group(machine: Architecture, expected: int, target: int) -> None:
+    """Where nothing else confines signals: oneself and one's group, which all that was started is in."""
+    assert expected == verdict(machine, machine.numbers["kill"], target, allow=EXEC)
+    assert REFUSE == verdict(machine, machine.numbers["tgkill"], PID + 1, allow=EXEC)
+
+
+@pytest.mark.parametrize("name", sorted(seccomp.GROUPS["signals"]))
+def test_signals_are_free_where_landlock_confines_them(machine: Architecture, name: str) -> None:
+    """The filter leaves them alone then, whomever they are for."""
+    assert {ALLOW} == {verdict(machine, machine.numbers[name], target, allow=SIGNALS) for target in (PID, 0, -1, 99)}
+
+
+@pytest.mark.parametrize(("name", "command"), [("fcntl", 4), ("ioctl", 0x5421)])
+def test_exec_may_make_its_descriptors_nonblocking(machine: Architecture, name: str, command: int) -> None:
+    """A program shares none of its descriptors with others; a worker without one does."""
+    assert ALLOW == verdict(machine, machine.numbers[name], 3, command, allow=EXEC)
+    assert REFUSE == verdict(machine, machine.numbers[name], 3, command)
+
+
+def test_no_filter_is_installed_here() -> None:
+    """A process that has none does not believe to be confined: it would signal everybody."""
+    assert None is seccomp.installed()

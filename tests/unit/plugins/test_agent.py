@@ -14,7 +14,7 @@ from kon_agent.metric import Metric, MetricType
 from kon_agent.page import PageWriter, page_size
 from kon_agent.plugins.agent import Agent
 from kon_agent.plugins.context import Context
-from kon_agent.telemetry import PluginSample, ProcessSample, Telemetry
+from kon_agent.telemetry import GovernorSample, PluginSample, ProcessSample, Telemetry
 
 PUBLISHED = Telemetry(
     uptime_s=12.5,
@@ -93,6 +93,21 @@ def test_a_plugin_is_up_while_it_runs(state: str, up: float) -> None:
     plugin = msgspec.structs.replace(PUBLISHED.plugins[0], state=state)
     published = msgspec.structs.replace(PUBLISHED, plugins=[plugin])
     assert up == series(Published().collect(published))["agent_plugin_up", ("cpu",)]
+
+
+def test_the_governor_is_reported() -> None:
+    """Its level, its steps by kind, who is paused, and the limits."""
+    governor = GovernorSample(3, 2, ["cpu"], {"pause": 1, "resume": 0}, 2.0, 1024)
+    found = series(Published().collect(msgspec.structs.replace(PUBLISHED, governor=governor)))
+    assert {
+        ("agent_governor_level", ()): 3.0,
+        ("agent_governor_period_factor", ()): 2.0,
+        ("agent_governor_step_total", ("pause",)): 1.0,
+        ("agent_governor_step_total", ("resume",)): 0.0,
+        ("agent_plugin_paused", ("cpu",)): 1.0,
+        ("agent_limit_cpu_percent", ()): 2.0,
+        ("agent_limit_memory_bytes", ()): 1024.0,
+    } == {key: value for key, value in found.items() if key not in series(Published().collect(PUBLISHED))}
 
 
 def test_a_lost_connection_shows() -> None:

@@ -140,3 +140,24 @@ def test_a_value_cannot_be_sql(store: Store, path: Path) -> None:
     """What a user asks for is a value, whatever it looks like."""
     store.commit([stored(0, 1)])
     assert [] == list(read_records(path, Filter(name="' OR 1=1 --")))
+
+
+def test_a_mark_on_the_time_is_kept(store: Store, path: Path) -> None:
+    """A record made before its agent's clock was set says so when it is read."""
+    store.commit([stored(0, 1, clock_unsynced=True), stored(1, 1)])
+    assert [True, False] == [record.clock_unsynced for record in read_records(path, Filter())]
+
+
+def test_a_store_of_the_first_schema_is_brought_up_to_date(path: Path) -> None:
+    """A receiver that is updated keeps what it has stored and what it knows."""
+    old = Store(path)
+    old.commit([stored(0, 2)])
+    old.close()
+    with sqlite3.connect(path) as db:
+        db.execute("ALTER TABLE records DROP COLUMN clock_unsynced")
+        db.execute("PRAGMA user_version = 1")
+    db.close()
+    new = Store(path)
+    assert [Outcome(1, 1)] == new.commit([stored(1, 2)])
+    new.close()
+    assert [0, 1, 2] == seqs(path)

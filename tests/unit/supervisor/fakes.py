@@ -129,8 +129,7 @@ class Plugin:
     def release(self) -> None:
         """Let go of every ring, and of the doorbell."""
         os.close(self.unit._around.doorbell)
-        for ring in self.unit.rings():
-            ring.release()
+        self.unit.release()
 
 
 def make_plugin(monkeypatch: pytest.MonkeyPatch, name: str = "cpu", config: PluginConfig | None = None) -> Plugin:

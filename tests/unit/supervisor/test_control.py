@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from kon_agent.clock import NS_PER_S
@@ -32,7 +33,7 @@ from kon_agent.control_protocol import (
 )
 from kon_agent.errors import ConfigError, ControlError
 from kon_agent.supervisor import control
-from kon_agent.supervisor.control import MAX_CONNECTIONS, ControlServer, Pending
+from kon_agent.supervisor.control import MAX_CONNECTIONS, ControlServer, Pending, WithFds
 
 DEADLINE_S = 10.0
 NOBODY = 65534
@@ -52,11 +53,11 @@ class Loop:
         self.path = str(folder / "control.sock")
         self.selector = selectors.DefaultSelector()
         self.requests: list[Request] = []
-        self.answer: Callable[[Request], Result | Pending] = lambda request: Stopping()
+        self.answer: Callable[[Request], Result | Pending | WithFds] = lambda request: Stopping()
         self.server = ControlServer(ControlConfig(socket=self.path, group="no such group"), self.selector, self.handle)
         self.now_ns = NS_PER_S
 
-    def handle(self, request: Request) -> Result | Pending:
+    def handle(self, request: Request) -> Result | Pending | WithFds:
         self.requests.append(request)
         return self.answer(request)
 
@@ -280,6 +281,22 @@ def test_a_pending_answer_is_asked_for_until_it_is_there(loop: Loop) -> None:
     assert [] == answers
 
 
+def test_descriptors_ride_along(loop: Loop) -> None:
+    """They come with the answer as duplicates, which are the client's; ours stay ours."""
+    reader, writer = os.pipe()
+    loop.answer = lambda request: WithFds(Stopping(), (reader, writer))
+    with loop.connect() as client:
+        client.sendall(STATUS)
+        loop.turn_until(lambda: loop.connections() == 0 and bool(loop.requests))
+        answer, fds, _, _ = socket.recv_fds(client, 1 << 16, 10, socket.MSG_CMSG_CLOEXEC)
+    assert ANSWER == answer
+    assert 2 == len(fds)
+    os.write(fds[1], b"through")
+    assert b"through" == os.read(reader, 10)
+    for fd in (*fds, reader, writer):
+        os.close(fd)
+
+
 def test_a_pending_answer_may_be_an_error(loop: Loop) -> None:
     """What fails later is told later."""
 
@@ -379,8 +396,9 @@ def test_members_of_the_group_may_change(public: PublicLoop, gid: int, groups: l
 def test_strangers_may_only_look(public: PublicLoop) -> None:
     """Everybody may ask for the status; changing takes membership, and the answer says which."""
     assert ANSWER == public.ask_as(STATUS, NOBODY, [])
-    refused = error_of(public.ask_as(SHUTDOWN, NOBODY, [NOBODY]))
-    assert "permission_denied" == refused["code"]
+    for line in (SHUTDOWN, encode_request(Request(op=Op.TAP))):  # a tap changes nothing, and shows everything
+        refused = error_of(public.ask_as(line, NOBODY, [NOBODY]))
+        assert "permission_denied" == refused["code"]
     assert [Request(op=Op.STATUS)] == public.requests
 
 
@@ -466,3 +484,60 @@ def test_running_out_of_descriptors_harms_nobody(loop: Loop, no_descriptors_left
         assert [] == loop.requests
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         assert ANSWER == loop.read_all(client)
+
+
+# ── another supervisor goes on with it ────────────────────────────────────────────────────────────────────────────
+
+
+def hand_over(loop: Loop, question: Pending) -> None:
+    """Put another server, as another supervisor would make it, in the place of the loop's."""
+    old = loop.server
+    asking = old.asking(question)
+    connections = [msgspec.structs.replace(connection, fd=os.dup(connection.fd)) for connection in old.capture()]
+    listener_fd = os.dup(old.fileno())
+    asking_fd = None if asking is None else os.dup(asking)
+    os.rename(loop.path, f"{loop.path}.kept")  # what an end would remove, a change of the code does not
+    old.close()
+    os.rename(f"{loop.path}.kept", loop.path)
+    config = ControlConfig(socket=loop.path, group="no such group")
+    loop.server = ControlServer(config, loop.selector, loop.handle, listener_fd)
+    for connection in connections:
+        loop.server.go_on(connection)
+    if asking_fd is not None:
+        loop.server.adopt(asking_fd, question)
+
+
+def test_connections_survive_a_change_of_the_server(loop: Loop) -> None:
+    """Half a request is completed, a question is answered, and who has just connected is served, by the next one."""
+    answers: list[Result | None] = [None]
+
+    def question() -> Result | None:
+        return answers[0]
+
+    with loop.connect() as slow, loop.connect() as asking:
+        slow.sendall(STATUS[:5])
+        loop.turn_until(lambda: any(each.received for each in loop.server._connections))
+        loop.answer = lambda request: question
+        asking.sendall(SHUTDOWN)
+        loop.turn_until(lambda: loop.server.asking(question) is not None)
+        with loop.connect() as new:
+            assert loop.server.is_quiet(question)
+            hand_over(loop, question)
+            loop.answer = lambda request: Stopping()
+            slow.sendall(STATUS[5:])
+            assert ANSWER == loop.read_all(slow)
+            new.sendall(STATUS)
+            assert ANSWER == loop.read_all(new)
+        answers[0] = Stopping()
+        assert ANSWER == loop.read_all(asking)
+    assert 0 == loop.connections()
+
+
+def test_an_answer_only_the_old_server_has_is_waited_for(loop: Loop) -> None:
+    """While somebody waits for another answer it is not quiet, and nobody else is handed over in its place."""
+    loop.answer = lambda request: lambda: None
+    with loop.connect() as asking:
+        asking.sendall(SHUTDOWN)
+        loop.turn_until(lambda: any(each.pending for each in loop.server._connections))
+        assert not loop.server.is_quiet(lambda: None)
+        assert [] == loop.server.capture()

@@ -21,6 +21,7 @@ from kon_agent.lifecycle import State
 from kon_agent.linkreport import LinkReport, LinkState
 from kon_agent.process import Child, Role
 from kon_agent.spec import SenderSpec
+from kon_agent.spoolreport import Slots
 from kon_agent.supervisor import courier as courier_module
 from kon_agent.supervisor.courier import EXIT_GRACE_S, FOLDER_RETRY_S, SILENCE_MAX_S, START_PATIENCE_S, Courier, Parts
 from kon_agent.supervisor.sharedring import SharedRing
@@ -40,7 +41,7 @@ class Sender:
         self.spec: SenderSpec | None = None
         self.refusal = 0  # errno of the next spawn
         self.doorbell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        parts = Parts(None, self.doorbell, ("cpu",), lambda: self.rings)
+        parts = Parts(None, self.doorbell, Slots(["cpu"]), lambda: self.rings)
         self.courier = Courier(self.config(3.0), parts)
         monkeypatch.setattr(courier_module, "spawn", self.spawn)
 

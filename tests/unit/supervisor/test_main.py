@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import selectors
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -14,6 +15,7 @@ from kon_agent.process import Child, Exit
 from kon_agent.supervisor import main
 from kon_agent.supervisor.child import Supervised
 from kon_agent.supervisor.main import LOOK_INTERVAL_S, STARTING_INTERVAL_S, Phase, Supervisor
+from kon_agent.supervisor.upgrade import Succession
 from tests.unit.supervisor.fakes import START_NS, fake_child
 
 
@@ -69,10 +71,12 @@ def loop() -> Iterator[Supervisor]:
     made = Supervisor.__new__(Supervisor)
     made._phase = Phase.RUNNING
     made._selector = cast(Any, Selector())
-    made._watched = {}
+    made._watched, made._leaving = {}, []
+    made._succession = Succession(made, ())
     made._looked_ns = made._awake_since_ns = 0
     made.units = {"cpu": cast(Any, Process("worker cpu"))}
     made.courier = cast(Any, Process("sender"))
+    made.regulation = cast(Any, SimpleNamespace(due_ns=0))
     yield made
 
 
@@ -123,7 +127,7 @@ def test_a_stranger_among_its_children_is_ignored(loop: Supervisor, monkeypatch:
     """Whoever started us may have left us children, and process 1 of a container inherits every orphan."""
     turn(loop, START_NS)
     unit = loop.units["cpu"]
-    monkeypatch.setattr(main, "reap", lambda: [Exit(1, code=0), Exit(unit.pid or 0, code=1)])
+    monkeypatch.setattr(main, "reap", lambda _: [Exit(1, code=0), Exit(unit.pid or 0, code=1)])
     loop._reap(START_NS)
     assert (State.BACKOFF, State.RUNNING) == (unit.lifecycle.state, loop.courier.lifecycle.state)
 

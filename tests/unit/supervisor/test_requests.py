@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import fcntl
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,17 +14,17 @@ import pytest
 
 from kon_agent import clock
 from kon_agent.clock import NS_PER_S
-from kon_agent.config.schema import Config
-from kon_agent.control_protocol import Op, PluginStatus, Reload, Request, Status, Stopping
+from kon_agent.config.schema import MAX_PLUGINS, Config, LimitsConfig, PluginConfig
+from kon_agent.control_protocol import Op, PluginStatus, Reload, Request, Status, Stopping, encode_result
 from kon_agent.errors import ConfigError, ControlError
 from kon_agent.lifecycle import State
 from kon_agent.linkreport import LinkReport
-from kon_agent.spoolreport import PluginTally, SpoolReport
+from kon_agent.spoolreport import OTHER, PluginTally, Slots, SpoolReport
 from kon_agent.supervisor import status
 from kon_agent.supervisor.control import Pending
-from kon_agent.supervisor.meter import Meter
+from kon_agent.supervisor.regulation import Regulation
 from kon_agent.supervisor.requests import Requests
-from kon_agent.supervisor.unit import MAX_WAITING_RINGS
+from kon_agent.supervisor.unit import MAX_WAITING_RINGS, STEER, Unit
 from tests.unit.supervisor.fakes import START_NS, Plugin, ended, make_plugin, sent
 
 CPU = Config().plugins.cpu
@@ -37,26 +40,61 @@ class Agent:
         self.stops = 0
         self.courier_configs: list[Config] = []
         self.refreshes = 0
+        self.added: list[Unit] = []
         self.file = folder / "agent.yaml"
         self.file.write_text("")
         self.supervisor: Any = SimpleNamespace(
             config=Config(client_id="edge-1"),
+            started_with=Config(client_id="edge-1"),
             config_path=str(self.file),
             units={"cpu": self.unit},
-            courier=SimpleNamespace(report=LinkReport, spool_report=SpoolReport, reconfigure=self.reconfigure_courier),
+            slots=Slots(["cpu"]),
+            courier=SimpleNamespace(
+                config=Config(client_id="edge-1"),
+                report=LinkReport,
+                spool_report=SpoolReport,
+                reconfigure=self.reconfigure_courier,
+            ),
             network=SimpleNamespace(config=None, attachments=list, refresh=self.refresh),
-            meter=Meter(),
+            regulation=Regulation(LimitsConfig(), START_NS),
             started_ns=START_NS - 5 * NS_PER_S,
             warnings=[],
             warn=lambda text: self.supervisor.warnings.append(text),
+            withdraw=self.withdraw,
+            go_by=self.go_by,
+            add_unit=self.add_unit,
+            remove_unit=self.remove_unit,
             stop=self.stop,
-            plugin_statuses=lambda now_ns: [status.plugin_status(self.unit, PluginTally(), now_ns)],
+            plugin_statuses=lambda now_ns: [
+                status.plugin_status(unit, PluginTally(), now_ns)
+                for unit in self.supervisor.units.values()
+                if isinstance(unit, Unit)
+            ],
         )
         self.requests = Requests(cast(Any, self.supervisor))
         monkeypatch.setattr(clock, "now_ns", lambda: self.now_ns)
 
     def reconfigure_courier(self, config: Config, now_ns: int) -> None:
         self.courier_configs.append(config)
+        self.supervisor.courier.config = config
+
+    def withdraw(self, text: str) -> None:
+        if text in self.supervisor.warnings:
+            self.supervisor.warnings.remove(text)
+
+    def go_by(self, config: Config) -> None:
+        self.supervisor.config = config
+
+    def add_unit(self, name: str, section: PluginConfig) -> None:
+        self.supervisor.slots.give(name)
+        unit = Unit(name, "module:Class", section, self.unit._around, dict)
+        self.added.append(unit)
+        self.supervisor.units[name] = unit
+
+    def remove_unit(self, name: str, now_ns: int) -> None:
+        unit = self.supervisor.units.pop(name)
+        unit.is_wanted = False
+        unit.stop(now_ns)
 
     def refresh(self) -> None:
         self.refreshes += 1
@@ -86,6 +124,8 @@ class Agent:
 def agent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Agent]:
     made = Agent(monkeypatch, tmp_path)
     yield made
+    for unit in made.added:
+        unit.release()
     made.plugin.release()
 
 
@@ -109,17 +149,6 @@ def test_shutdown_answers_at_once(agent: Agent) -> None:
     """The agent cannot tell of its own end."""
     assert Stopping() == agent.ask(Op.SHUTDOWN)
     assert 1 == agent.stops
-
-
-@pytest.mark.parametrize(
-    ("op", "fields"), [(Op.PLUGIN_SET_PERIOD, {"period": "1s"}), (Op.PLUGIN_DISABLE, {"persist": True})]
-)
-def test_what_is_not_offered_changes_nothing(agent: Agent, op: Op, fields: dict[str, Any]) -> None:
-    """A request that cannot be carried out whole is not carried out by half."""
-    agent.turn()
-    with pytest.raises(ControlError):
-        agent.ask(op, "cpu", **fields)
-    assert (State.RUNNING, True) == (agent.unit.lifecycle.state, agent.unit.is_wanted)
 
 
 def test_disabling_is_answered_once_the_worker_has_ended(agent: Agent) -> None:
@@ -230,6 +259,31 @@ def test_what_cannot_run_says_why(agent: Agent) -> None:
         agent.ask(Op.PLUGIN_RESTART, "cpu")
 
 
+# ── tap ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_tap_is_given_every_ring_read_only(agent: Agent) -> None:
+    """The worker's and those of dead ones that wait to be drained, the oldest first; one plugin's if that is asked."""
+    agent.turn()
+    agent.plugin.producer.publish(b"record")
+    agent.plugin.die(agent.now_ns)
+    agent.unit.restart(agent.now_ns)
+    agent.turn()
+    given = agent.ask(Op.TAP)
+    assert given == agent.ask(Op.TAP, "cpu")
+    assert ("edge-1", agent.unit.rings()) == (given.result.agent_id, agent.plugin.announced)
+    assert [ring.epoch for ring in agent.unit.rings()] == [place.epoch for place in given.result.rings]
+    assert b'"size_bytes":262144' in encode_result(given.result)
+    assert [os.O_RDONLY] * 2 == [fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE for fd in given.fds]
+
+
+def test_a_tap_of_an_unknown_plugin_gets_a_suggestion(agent: Agent) -> None:
+    """It is not answered with silence."""
+    with pytest.raises(ControlError) as caught:
+        agent.ask(Op.TAP, "cpuu")
+    assert "did you mean 'cpu'?" == caught.value.hint
+
+
 # ── reload ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -259,7 +313,8 @@ class Idle:
         self.is_wanted = True
         self.restarts = 0
 
-    def restart(self, now_ns: int) -> None:
+    def reconfigure(self, config: PluginConfig, now_ns: int) -> None:
+        self.config = config
         self.restarts += 1
 
 
@@ -302,9 +357,237 @@ def test_a_reload_restarts_the_sender_for_what_is_the_senders(running: Agent) ->
 
 def test_a_reload_says_what_it_cannot_do(running: Agent) -> None:
     """What is decided at the start waits for the next one, and the status says so."""
+    answer = reload(running, "user: other")
+    assert (["user"], ["user"], []) == (answer.changed, answer.waiting, running.courier_configs)
+    assert ["user: the change takes effect when the agent is restarted"] == running.supervisor.warnings
+
+
+def test_what_waited_and_is_taken_back_is_forgotten(running: Agent) -> None:
+    """The warning goes when the file says again what the agent was started with."""
+    reload(running, "control: {group: ops}")
+    assert [] == reload(running, "").waiting
+    assert [] == running.supervisor.warnings
+
+
+def test_a_reload_of_the_log_touches_nobody(running: Agent) -> None:
+    """The supervisor at once, the others from their next start."""
     answer = reload(running, "log: {level: debug}")
-    assert (["log"], []) == (answer.changed, running.courier_configs)
-    assert ["log: the change takes effect when the agent is restarted"] == running.supervisor.warnings
+    assert (["log"], [], []) == (answer.changed, answer.waiting, running.courier_configs)
+    assert ("debug", "debug") == (running.supervisor.config.log.level, running.supervisor.courier.config.log.level)
+
+
+def test_the_spool_may_have_other_limits_and_no_other_place(running: Agent) -> None:
+    """A new sender goes by them; the folder waits for the agent's next start, through any number of reloads."""
+    old = Config().cache.path
+    assert [] == reload(running, "cache: {max_size: 1MB}").waiting
+    assert ["cache.path"] == reload(running, "cache: {max_size: 2MB, path: /elsewhere}").waiting
+    reload(running, "cache: {max_size: 2MB, path: /elsewhere}\nlog: {level: debug}")
+    seen = [(config.cache.path, config.cache.max_size) for config in running.courier_configs]
+    assert [(old, 1_000_000), (old, 2_000_000)] == seen
+
+
+@pytest.mark.parametrize("text", ["limits: {cpu: 5%}", "plugin_dir: /elsewhere"])
+def test_what_is_nobodys_restart(running: Agent, text: str) -> None:
+    """Neither the sender nor a worker hears of it, and nothing waits."""
+    answer = reload(running, text)
+    assert (1, [], []) == (len(answer.changed), answer.waiting, running.courier_configs)
+    assert [] == sent(running.unit.child)
+
+
+# ── live changes ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+UPS = {"type": "exec", "command": "[/bin/ups, -v]", "period": "1s"}
+
+
+def test_a_period_changes_under_the_worker(agent: Agent) -> None:
+    """The same worker, told at once; the file says nothing of it."""
+    agent.turn()
+    pid = agent.unit.pid
+    answer = agent.ask(Op.PLUGIN_SET_PERIOD, "cpu", period="500ms")
+    assert (0.5, 5.0, pid) == (answer.period_s, answer.configured_period_s, answer.pid)
+    assert ([STEER], "") == (sent(agent.unit.child), agent.file.read_text())
+
+
+def test_a_shorter_period_does_not_make_the_past_a_hang(agent: Agent) -> None:
+    """A worker that was to run once an hour has been silent rightly."""
+    agent.unit.set_period(3600)
+    agent.turn()
+    agent.now_ns += 3000 * NS_PER_S
+    agent.ask(Op.PLUGIN_SET_PERIOD, "cpu", period="1s")
+    agent.unit.look(agent.now_ns)
+    assert signal.SIGABRT not in sent(agent.unit.child)
+    agent.unit.look(agent.now_ns + 10 * NS_PER_S)
+    assert signal.SIGABRT in sent(agent.unit.child)
+
+
+@pytest.mark.parametrize(("period", "message"), [("10ms", "10ms is too short"), ("fast", "is not a duration")])
+def test_a_period_is_judged_as_the_files(agent: Agent, period: str, message: str) -> None:
+    """By the loader's rule, and nothing changes."""
+    with pytest.raises(ControlError, match=message):
+        agent.ask(Op.PLUGIN_SET_PERIOD, "cpu", period=period, persist=True)
+    assert (5.0, "") == (agent.unit.period_s, agent.file.read_text())
+
+
+def test_enabling_what_runs_forgets_its_deaths(agent: Agent) -> None:
+    """Four deaths and a word: the next one is the first again."""
+    for _ in range(4):
+        agent.turn()
+        agent.plugin.die(agent.now_ns)
+        agent.now_ns = agent.unit.lifecycle.retry_at_ns or 0
+    agent.turn()
+    assert agent.pending(Op.PLUGIN_ENABLE)() is not None
+    agent.plugin.die(agent.now_ns)
+    assert State.BACKOFF is agent.unit.lifecycle.state
+
+
+def test_the_status_tells_of_the_latest_deaths(agent: Agent) -> None:
+    """When and of what; no more than a handful."""
+    for _ in range(7):
+        agent.turn()
+        agent.plugin.die(agent.now_ns)
+        agent.now_ns = agent.unit.lifecycle.retry_at_ns or 0
+    deaths = agent.ask(Op.PLUGIN_INFO, "cpu").deaths
+    assert ["killed by SIGKILL"] * 5 == [death.reason for death in deaths]
+    assert all(death.when.endswith("+00:00") for death in deaths)
+
+
+def test_an_added_plugin_runs(agent: Agent) -> None:
+    """Under its own name, by the settings given; the answer comes with its worker."""
+    question = agent.ask(Op.PLUGIN_ADD, "ups", settings=UPS)
+    assert None is question()
+    unit = agent.supervisor.units["ups"]
+    unit.spawn(agent.now_ns)
+    answer = question()
+    assert ("ups", "exec", 1.0, unit.pid) == (answer.name, answer.type, answer.period_s, answer.pid)
+    assert ("", ["/bin/ups", "-v"]) == (agent.file.read_text(), unit.config.command)
+
+
+def test_a_removed_plugin_is_gone(agent: Agent) -> None:
+    """The answer comes when its worker has ended."""
+    agent.ask(Op.PLUGIN_ADD, "ups", settings=UPS)
+    unit = agent.supervisor.units["ups"]
+    unit.spawn(agent.now_ns)
+    question = agent.ask(Op.PLUGIN_REMOVE, "ups")
+    assert None is question()
+    unit.gone(ended(unit.child), agent.now_ns)
+    assert ("ups", "STOPPED", False) == ((answer := question()).name, answer.state, answer.enabled)
+    with pytest.raises(ControlError, match="no plugin 'ups'"):
+        agent.ask(Op.PLUGIN_REMOVE, "ups")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "code", "message"),
+    [
+        ("cpu", {"type": "cpu"}, "exists", "there is a plugin 'cpu' already"),
+        ("ups", {"type": "exec"}, "bad_value", "needs 'command'"),
+        ("ups", {**UPS, "timeout": "soon"}, "bad_value", "plugins.ups.timeout: 'soon' is not a duration"),
+        ("Ups", UPS, "bad_value", "lower-case"),
+    ],
+)
+def test_what_cannot_be_added(agent: Agent, name: str, settings: dict[str, str], code: str, message: str) -> None:
+    """Says why, and changes neither the agent nor the file."""
+    with pytest.raises(ControlError, match=message) as caught:
+        agent.ask(Op.PLUGIN_ADD, name, settings=settings, persist=True)
+    assert (code, ["cpu"], "") == (caught.value.code, list(agent.supervisor.units), agent.file.read_text())
+
+
+def test_plugins_are_bounded(agent: Agent) -> None:
+    """In number, and in names that the spool's report tells apart."""
+    for number in range(OTHER):
+        agent.supervisor.slots.give(f"name-{number}")
+    with pytest.raises(ControlError, match="too many names"):
+        agent.ask(Op.PLUGIN_ADD, "ups", settings=UPS)
+    agent.supervisor.units |= {f"plugin-{number}": Idle("x") for number in range(MAX_PLUGINS)}
+    with pytest.raises(ControlError, match=f"there are {MAX_PLUGINS} plugins"):
+        agent.ask(Op.PLUGIN_ADD, "ups", settings=UPS)
+
+
+def test_what_is_built_in_stays(agent: Agent) -> None:
+    """It is disabled instead."""
+    with pytest.raises(ControlError) as caught:
+        agent.ask(Op.PLUGIN_REMOVE, "cpu")
+    assert ("built_in", "kon-agent plugins disable cpu") == (caught.value.code, caught.value.hint)
+
+
+# ── live changes that are kept ────────────────────────────────────────────────────────────────────────────────────
+
+FILE = "client-id: edge-1\n# mine\nplugins:\n  cpu: # too\n    enable: true\n    period: 5s\n"
+
+
+@pytest.mark.parametrize(
+    ("op", "plugin", "fields", "line"),
+    [
+        (Op.PLUGIN_DISABLE, "cpu", {}, "    enable: false"),
+        (Op.PLUGIN_SET_PERIOD, "cpu", {"period": "1s"}, "    period: 1s"),
+        (Op.PLUGIN_ADD, "ups", {"settings": UPS}, "    command: [/bin/ups, -v]"),
+    ],
+)
+def test_what_is_kept_is_in_the_file(running: Agent, op: Op, plugin: str, fields: dict[str, Any], line: str) -> None:
+    """And a reload finds nothing to do."""
+    reload(running, FILE.partition("\n")[2])
+    running.ask(op, plugin, persist=True, **fields)
+    text = running.file.read_text()
+    assert line in text.splitlines()
+    assert {"# mine", "  cpu: # too"} <= set(text.splitlines())
+    assert [] == running.ask(Op.RELOAD).changed
+
+
+def test_what_is_added_and_kept_is_removed_and_kept(running: Agent) -> None:
+    """The file is what it was."""
+    reload(running, FILE.partition("\n")[2])
+    before = running.file.read_text()
+    running.ask(Op.PLUGIN_ADD, "ups", settings=UPS, persist=True)
+    running.ask(Op.PLUGIN_REMOVE, "ups", persist=True)
+    assert before == running.file.read_text()
+    assert [] == running.ask(Op.RELOAD).changed
+
+
+def test_what_else_the_file_says_by_now_waits_for_a_reload(running: Agent) -> None:
+    """What is on disk is edited; somebody's half-made changes there are not applied by the way."""
+    running.file.write_text(FILE.replace("5s", "7s"))
+    running.ask(Op.PLUGIN_DISABLE, "cpu", persist=True)
+    assert "period: 7s" in running.file.read_text()
+    assert 5.0 == running.supervisor.config.plugins.cpu.period
+    assert ["plugins.cpu"] == running.ask(Op.RELOAD).changed
+
+
+@pytest.mark.parametrize("break_file", [lambda a: a.file.write_text("nonsense: 1"), lambda a: a.file.unlink()])
+@pytest.mark.parametrize(("op", "fields"), [(Op.PLUGIN_SET_PERIOD, {"period": "1s"}), (Op.PLUGIN_DISABLE, {})])
+def test_what_cannot_be_kept_is_not_done(
+    agent: Agent, op: Op, fields: dict[str, Any], break_file: Callable[[Agent], None]
+) -> None:
+    """A request that cannot be carried out whole is not carried out by half."""
+    agent.turn()
+    break_file(agent)
+    with pytest.raises(ControlError, match=r"agent\.yaml") as caught:
+        agent.ask(op, "cpu", persist=True, **fields)
+    assert "not_persisted" == caught.value.code
+    assert (State.RUNNING, True, 5.0) == (agent.unit.lifecycle.state, agent.unit.is_wanted, agent.unit.period_s)
+
+
+def test_without_a_file_nothing_is_kept(agent: Agent) -> None:
+    """Built-in defaults cannot be written to."""
+    agent.supervisor.config_path = None
+    agent.turn()
+    with pytest.raises(ControlError, match="no file to write to"):
+        agent.ask(Op.PLUGIN_DISABLE, "cpu", persist=True)
+    assert agent.unit.is_wanted
+
+
+def test_what_is_not_kept_lasts_until_its_section_changes(running: Agent) -> None:
+    """A reload that is about something else leaves it alone."""
+    running.ask(Op.PLUGIN_SET_PERIOD, "cpu", period="1s")
+    reload(running, "plugins: {memory: {period: 3s}}")
+    assert 1.0 == running.unit.period_s
+    reload(running, "plugins: {cpu: {period: 2s}}")
+    assert 2.0 == running.unit.period_s
+
+
+def test_what_is_added_and_not_kept_outlives_a_reload(running: Agent) -> None:
+    """The file has never heard of it."""
+    running.ask(Op.PLUGIN_ADD, "ups", settings=UPS)
+    assert [] == reload(running, "").changed
+    assert "ups" in running.supervisor.units
 
 
 @pytest.mark.parametrize("text", ["plugins: {cpu: {periode: 1s}}", "tls: {ca: missing.pem}"])

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from kon_agent.clock import NS_PER_S
-from kon_agent.config.schema import Duration, PluginConfig, Size
+from kon_agent.config.schema import Duration, ExecConfig, PluginConfig, Size
 from kon_agent.lifecycle import State
 from kon_agent.ring import Drop, Producer
 from kon_agent.supervisor.sharedring import SharedRing
@@ -203,8 +203,9 @@ def test_a_ring_that_cannot_be_made_leaks_nothing(monkeypatch: pytest.MonkeyPatc
         (5.0 + 10.0, PluginConfig(period=Duration(5.0))),
         (0.1 + MIN_DEADLINE_S, PluginConfig(period=Duration(0.1))),
         (1.0 + 3.0, PluginConfig(period=Duration(1.0), deadline=Duration(3.0))),
+        (1.0 + 60.0 + 5.0, ExecConfig(command=["/bin/true"], period=Duration(1.0), timeout=Duration(60.0))),
     ],
-    ids=["twice the period", "at least", "as configured"],
+    ids=["twice the period", "at least", "as configured", "a program may take its time"],
 )
 def test_patience_follows_the_period(monkeypatch: pytest.MonkeyPatch, expected_s: float, config: PluginConfig) -> None:
     """A worker counts as hung once it is silent for its period and its deadline."""

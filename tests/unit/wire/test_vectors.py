@@ -34,6 +34,12 @@ def metric() -> tuple[Message, bytes]:
     return pb.Metric.FromString(body), body
 
 
+def metric_unsynced() -> tuple[Message, bytes]:
+    """The same, made before the agent's clock was set."""
+    body = encode_record(IDLE, TS_NS, is_clock_unsynced=True)[2:]
+    return pb.Metric.FromString(body), body
+
+
 def legacy_batch() -> tuple[Message, bytes]:
     """ALPN kon-agent: a BatchMetricsRequest of two metrics, with its length in front."""
     records = [encode_record(IDLE, TS_NS), encode_record(FREE, TS_NS)]
@@ -77,7 +83,10 @@ def refusal() -> tuple[Message, bytes]:
     return _frame(refusal=pb.Refusal(code=pb.Refusal.WRONG_IDENTITY, message="the certificate names edge-2"))
 
 
-VECTORS: list[Callable[[], tuple[Message, bytes]]] = [metric, legacy_batch, hello, welcome, batch, ack, refusal]
+VECTORS: list[Callable[[], tuple[Message, bytes]]] = [
+    *(metric, metric_unsynced, legacy_batch),
+    *(hello, welcome, batch, ack, refusal),
+]
 
 
 def _frame(**body: Any) -> tuple[Message, bytes]:
@@ -91,7 +100,7 @@ def as_vector(make: Callable[[], tuple[Message, bytes]]) -> dict[str, Any]:
     return {
         "description": make.__doc__,
         "message": message.DESCRIPTOR.full_name,
-        "is_framed": make is not metric,
+        "is_framed": make not in (metric, metric_unsynced),
         "fields": json_format.MessageToDict(message, preserving_proto_field_name=True),
         "hex": data.hex(),
     }
