@@ -72,6 +72,8 @@ $(VENV)/bin/python:
 $(VENV)/.installed: requirements.lock pyproject.toml | $(VENV)/bin/python
 	$(PIP) install --only-binary :all: --require-hashes -r requirements.lock
 	$(PIP) install --no-deps --editable .
+	@# A worker compiles nothing: what is not compiled here costs each of them memory and time at every start.
+	@$(BIN)/python -m compileall -q kon_agent
 	@touch $@
 
 $(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed

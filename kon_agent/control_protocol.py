@@ -341,8 +341,15 @@ class _Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def encode_request(request: Request) -> bytes:
-    """Return the request as its line."""
-    return msgspec.json.encode(request) + b"\n"
+    """Return the request as its line.
+
+    Raises:
+        ControlError: `bad_request`; it holds bytes of a command line that are no text.
+    """
+    try:
+        return msgspec.json.encode(request) + b"\n"
+    except UnicodeEncodeError as err:
+        raise ControlError("bad_request", f"{err.object!a} is no UTF-8 text; write it as such") from err
 
 
 def decode_request(line: bytes) -> Request:

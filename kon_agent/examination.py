@@ -25,6 +25,7 @@ from kon_agent.plugins.declaration import MAX_READS
 from kon_agent.process import Profile
 
 DEADLINE_S = 5.0  # imports from a slow SD card; a reload waits that long
+AFTER_HANG_S = 2.0  # for all the rest, once one has hung: whoever asks for a reload waits 10 s for what was wrong
 BOOT_DEADLINE_S = 10.0  # everything else on the machine starts as well, and there is no second try before a reload
 MAX_KNOWN = 2 * MAX_PLUGINS  # verdicts that are kept: those of the file, and as many that were tried
 MAX_ANSWER_BYTES = 256 * 1024
@@ -53,7 +54,7 @@ class Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mistakes: Annotated[list[Finding], msgspec.Meta(max_length=MAX_MISTAKES)] = []
     defaults: Annotated[dict[Text, int | float | bool | Text | None], msgspec.Meta(max_length=16)] = {}
     reads: Annotated[
-        list[Annotated[str, msgspec.Meta(max_length=4096, pattern="^/")]], msgspec.Meta(max_length=MAX_READS)
+        list[Annotated[str, msgspec.Meta(max_length=4096, pattern=r"\A/[^\0]*\Z")]], msgspec.Meta(max_length=MAX_READS)
     ] = []
     has_network: bool = False
     description: Text = ""
@@ -99,7 +100,8 @@ class Examiner:
         replies: list[Reply] = []
         if asked:
             questions = [_question(exhibit) for exhibit in asked]
-            replies = ask(questions, children_user(user), deadline_s or DEADLINE_S, MAX_ANSWER_BYTES)
+            after_hang_s = AFTER_HANG_S if deadline_s is None else deadline_s * len(questions)
+            replies = ask(questions, children_user(user), deadline_s or DEADLINE_S, MAX_ANSWER_BYTES, after_hang_s)
         new = iter([_verdict(exhibit, reply) for exhibit, reply in zip(asked, replies, strict=True)])
         found = [verdict or next(new) for verdict in verdicts]
         for exhibit, verdict in zip(exhibits, found, strict=True):
@@ -155,12 +157,15 @@ def _verdict(exhibit: Exhibit, reply: Reply) -> Verdict:
     except PluginError as err:
         return Verdict(failure=f"{exhibit.origin.target}: {err}")
     return Verdict(
-        failure=answer.failure,
-        mistakes=tuple(Mistake(exhibit.file, each.line, each.column, each.path, each.what) for each in answer.mistakes),
+        failure=_shown(answer.failure),
+        mistakes=tuple(
+            Mistake(exhibit.file, each.line, each.column, _shown(each.path), _shown(each.what))
+            for each in answer.mistakes
+        ),
         defaults=answer.defaults,
         reads=tuple(answer.reads),
         has_network=answer.has_network,
-        description=answer.description,
+        description=_shown(answer.description),
     )
 
 
@@ -173,4 +178,9 @@ def decode(data: bytes) -> Answer:
     try:
         return msgspec.json.decode(data, type=Answer)
     except (msgspec.MsgspecError, UnicodeDecodeError) as err:
-        raise PluginError(f"its answer makes no sense: {err}") from err
+        raise PluginError(f"its answer makes no sense: {_shown(str(err)[:MAX_TEXT])}") from err
+
+
+def _shown(text: str) -> str:
+    """Return a text of theirs with nothing in it that a terminal would obey."""
+    return "".join(char if char.isprintable() else " " for char in text)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import enum
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kon_agent.clock import NS_PER_S
@@ -113,15 +113,9 @@ class Lifecycle:
         self._chance = chance
         self._deaths: deque[int] = deque(maxlen=policy.intensity)
 
-    @property
-    def deaths_ns(self) -> list[int]:
-        """When it died lately, the oldest first; a death that is too old to count may still be there."""
-        return list(self._deaths)
-
-    def resume(self, state: State, restarts: int, deaths_ns: Iterable[int], retry_at_ns: int | None) -> None:
-        """Go on from where another has left off with the same process."""
-        self.state, self.restarts, self.retry_at_ns = state, restarts, retry_at_ns
-        self._deaths.extend(deaths_ns)
+    def resume(self, state: State, restarts: int) -> None:
+        """Go on from where another has left off; the deaths it has seen are no business of ours."""
+        self.state, self.restarts = state, restarts
 
     @property
     def is_alive(self) -> bool:

@@ -99,6 +99,7 @@ class Role:
         body: `package.module:function`; called with the argument of `spawn`, returns the exit code.
         keep_fds: descriptors the child keeps, besides the standard streams; its stdin is /dev/null.
         user: whom to become; None only where the supervisor is not root.
+        stderr_fd: what its standard error is to be; None: ours.
     """
 
     title: str
@@ -106,6 +107,7 @@ class Role:
     keep_fds: tuple[int, ...] = ()
     user: User | None = None
     profile: Profile = Profile()
+    stderr_fd: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,6 +288,8 @@ def _detach(role: Role) -> None:
     # order.
     os.setsid()
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    if role.stderr_fd is not None:
+        os.dup2(role.stderr_fd, 2)
     _close_all_but(role.keep_fds)
     os.umask(0o077)
     sys.dont_write_bytecode = True

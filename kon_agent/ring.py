@@ -49,6 +49,7 @@ _CRC_PREFIX = struct.Struct("=IQ")
 _LAST_WORDS_OFFSET = 128
 _SLOT_OFFSETS = (64, 192)
 _PLAUSIBLE_MAX = 1 << 53  # a count no producer reaches in a lifetime
+_PLAUSIBLE_TICKS = 1 << 40  # a thousand years of the shortest period; a total over many producers stays a sane number
 
 
 class Drop(enum.IntEnum):
@@ -362,7 +363,7 @@ class Observer:
 
     def pulse(self) -> Pulse:
         """Return the producer's heartbeat and what came with it."""
-        return Pulse(self._words[6], self._words[7], self._words[8], self._words[9])
+        return Pulse(self._words[6], self._words[7], min(self._words[8], _PLAUSIBLE_TICKS), self._words[9])
 
     def last_words(self) -> str:
         """Return what the producer left to be shown, printable characters only; empty where it left nothing."""

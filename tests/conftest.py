@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import compileall
 import os
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
+
+import kon_agent
+
+
+def pytest_configure() -> None:
+    """Compile the package once: the workers of every agent under test import it, and may write no bytecode."""
+    compileall.compile_dir(Path(kon_agent.__file__).parent, quiet=2)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -37,9 +37,10 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except KonError as err:
             # a configuration's mistakes are already one located line each
-            click.echo(str(err) if isinstance(err, ConfigError) else f"error: {err}", err=True)
+            for line in (str(err) if isinstance(err, ConfigError) else f"error: {err}").split("\n"):
+                click.echo(tables.printable(line), err=True)
             if isinstance(err, ControlError) and err.hint:
-                click.echo(f"hint: {err.hint}", err=True)
+                click.echo(f"hint: {tables.printable(err.hint)}", err=True)
             ctx.exit(err.exit_code)
 
 
@@ -141,7 +142,7 @@ def version() -> None:
 
 @main.command()
 @click.option("--dir", "folder", type=click.Path(file_okay=False, path_type=Path), help="Keep all here.")
-@click.option("--for", "seconds", type=click.FloatRange(min=0), metavar="SECONDS", help="End then.")
+@click.option("--for", "seconds", type=target.Seconds(min=0), metavar="SECONDS", help="End then.")
 def demo(folder: Path | None, seconds: float | None) -> None:
     """Run a receiver and an agent side by side and show what is stored; Ctrl-C ends both."""
     from kon_agent.cli.demo import run as run_demo

@@ -58,8 +58,9 @@ def new(name: str, folder: Path | None, is_package: bool) -> None:
     for file in files:
         click.echo(str(file))
     home = files[0].parent
+    place = home if home.is_absolute() else f"./{home}"  # a bare name is a stranger's package to pip
     install = (
-        f"pip install {home}"
+        f"pip install {place}"
         if is_package
         else f"sudo install -D -m 644 {files[0]} {Config().plugin_dir}/{files[0].name}"
     )

@@ -21,6 +21,7 @@ from kon_agent.errors import ControlError
 
 _CHUNK_BYTES = 64 * 1024
 _MAX_FDS = 253  # SCM_MAX_FD, linux/net/scm.h: more never come with one answer
+_QUEUE_INTERVAL_S = 0.02  # the supervisor takes in what waits at every turn of its loop
 
 T = TypeVar("T")
 
@@ -42,19 +43,31 @@ def call(
         ControlError: the agent's own error, or one of `not_running`, `permission_denied`, `timeout`,
             `bad_reply`, `bad_socket`.
     """
-    deadline = time.monotonic() + timeout_s
+    line, deadline = encode_request(request), time.monotonic() + timeout_s
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(timeout_s)
-            connection.connect(socket_path)
-            line = _exchange(connection, encode_request(request), deadline, fds)
+            _connect(connection, socket_path, deadline)
+            answer = _exchange(connection, line, deadline, fds)
     except OSError as err:
         raise _explain(err, socket_path) from err
-    if not line:
+    if not answer:
         raise ControlError(
             "bad_reply", f"kon-agent on {socket_path} hung up without an answer", "look at the agent's log"
         )
-    return decode_response(line, result)
+    return decode_response(answer, result)
+
+
+def _connect(connection: socket.socket, path: str, deadline: float) -> None:
+    while True:
+        connection.settimeout(max(0.0, deadline - time.monotonic()))
+        try:
+            connection.connect(path)
+        except BlockingIOError as err:  # EAGAIN: as many as may wait to be accepted do (connect(2)); nothing tells when
+            if time.monotonic() >= deadline:
+                raise TimeoutError from err
+            time.sleep(_QUEUE_INTERVAL_S)
+        else:
+            return
 
 
 def _exchange(connection: socket.socket, line: bytes, deadline: float, fds: list[int] | None) -> bytes:
@@ -101,6 +114,6 @@ def _explain(err: OSError, path: str) -> ControlError:
         return ControlError(
             "timeout",
             f"kon-agent on {path} did not answer in time",
-            "is it stopped? look at its log",
+            "is it stopped? look at its log; a change that was asked for may still be made",
         )
     return ControlError("bad_socket", f"cannot talk to kon-agent on {path}: {err}", "check --socket")

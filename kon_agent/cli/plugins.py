@@ -96,8 +96,8 @@ def add(name: str, kind: str | None, period: str | None, settings: tuple[str, ..
     \b
     kon-agent plugins add ups --type exec --set 'command=[/usr/local/bin/ups-metrics]'
     """
-    given = {"type": kind, "period": period}
-    section = {key: value for key, value in given.items() if value is not None} | _settings(settings)
+    flags = [f"{key}={value}" for key, value in (("type", kind), ("period", period)) if value is not None]
+    section = _settings((*flags, *settings))
     _change(Request(op=Op.PLUGIN_ADD, plugin=name, settings=section, persist=persist), **to)
 
 
@@ -151,3 +151,5 @@ def _change(request: Request, socket_path: str | None, config_file: str | None, 
         every = f", every {tables.period(plugin.period_s)}" if request.op is Op.PLUGIN_SET_PERIOD else ""
         state = "removed" if request.op is Op.PLUGIN_REMOVE else tables.printable(plugin.state)
         click.echo(f"{tables.printable(plugin.name)}: {state}{pid}{every}")
+        if plugin.detail:  # what was asked for is not what is: the governor's pause, a death
+            click.echo(tables.printable(plugin.detail), err=True)

@@ -81,7 +81,7 @@ def print_plugins(plugins: Sequence[PluginStatus], out: Console, indent: int = 0
         (*row, _age_or_dash(plugin.uptime_s), plugin.breaker, _rate(plugin.rate_per_s))
         for row, plugin in zip(rows, plugins, strict=True)
     ]
-    if out.is_terminal and _fits(wide_columns, wide_rows, out, indent):
+    if _fits(wide_columns, wide_rows, out, indent):
         print_table(wide_columns, wide_rows, out, indent)
     else:
         print_table(columns, rows, out, indent)
@@ -132,7 +132,8 @@ def print_status(status: Status, out: Console) -> None:
     name, up = printable(status.agent_id), age(status.uptime_s)
     out.print(f"kon-agent {status.version}  {name}  pid {status.pid}  up {up}")
     rtt = "" if server.rtt_ms is None else f"  rtt {server.rtt_ms:.1f} ms"
-    out.print(f"server     {printable(server.state)}  {printable(server.address)}  since {server.since}{rtt}")
+    out.print(f"server     {printable(server.state)}  {printable(server.address)}{rtt}")
+    out.print(f"           since {printable(server.since)}")
     if server.detail:
         out.print(f"           {printable(server.detail)}")
     out.print(f"resources  cpu {used.cpu_percent:.1f}% of a core  memory {size(used.pss_bytes)}  level {used.level}")
@@ -162,20 +163,23 @@ def _print_governor(used: ResourceStatus, out: Console) -> None:
 def print_metrics(metrics: Iterable[Metric], out: Console) -> None:
     """Print metrics, one per line: name, labels, value."""
     rows = [(metric.name, labels(metric.labels), f"{metric.value:.15g}") for metric in metrics]
-    print_table(["NAME", "LABELS", ">VALUE"], rows, out)
+    print_table(["NAME", "LABELS", ">VALUE"], rows, out, is_folded=True)
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], out: Console, indent: int = 0) -> None:
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], out: Console, indent: int = 0, *, is_folded: bool = False
+) -> None:
     """Print rows under their headings; a heading that begins with `>` is a column of numbers.
 
     Columns stand two spaces apart, or one where the terminal is too narrow for that. Where even that is too wide,
-    headings of numbers end in an ellipsis first, then texts; numbers last.
+    headings of numbers end in an ellipsis first, then texts; numbers last. Where `is_folded`, a text that is too long
+    goes on in its next line instead.
     """
     cells = [[printable(cell) for cell in row] for row in rows]
     room = out.width - indent
     widths = _widths(columns, cells)
     gap = 2 if sum(widths) + 2 * (len(widths) - 1) <= room else 1
-    table = _table(columns, cells, _narrowed(columns, cells, widths, room - gap * (len(widths) - 1)), gap)
+    table = _table(columns, cells, _narrowed(columns, cells, widths, room - gap * (len(widths) - 1)), gap, is_folded)
     if indent:
         from rich.padding import Padding
 
@@ -218,7 +222,9 @@ def _narrowed(columns: Sequence[str], rows: Sequence[Sequence[str]], widths: lis
     return narrow
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], widths: Sequence[int], gap: int) -> Table:
+def _table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], widths: Sequence[int], gap: int, is_folded: bool
+) -> Table:
     from rich.table import Table
     from rich.text import Text
 
@@ -228,8 +234,8 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], widths: Sequen
             column.lstrip(">"),
             justify="right" if column.startswith(">") else "left",
             width=width,
-            no_wrap=True,
-            overflow="ellipsis",
+            no_wrap=not is_folded,
+            overflow="fold" if is_folded else "ellipsis",
         )
     for row in rows:
         table.add_row(*(Text(cell, style=_COLOURS.get(cell.lower(), "")) for cell in row))

@@ -292,7 +292,7 @@ def time_of_day(ts_ns: int) -> str:
 @click.option("--plugin", metavar="P", help="Only this plugin's.")
 @click.option("--name", "glob", metavar="GLOB", default="*", help="Only metrics of such a name, for instance 'cpu_*'.")
 @click.option("--count", type=click.IntRange(min=1), metavar="N", help="End after N records.")
-@click.option("--for", "seconds", type=click.FloatRange(min=0), metavar="SECONDS", help="End then.")
+@click.option("--for", "seconds", type=target.Seconds(min=0), metavar="SECONDS", help="End then.")
 @click.option("--from-start", is_flag=True, help="Begin with what is still in the rings.")
 @target.control_options
 def tap(

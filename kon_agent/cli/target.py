@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -15,6 +16,16 @@ from kon_agent.control_protocol import DEFAULT_SOCKET, SOCKET_ENV, TIMEOUT_S, Re
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 T = TypeVar("T")
+
+
+class Seconds(click.FloatRange):
+    """A length of time on the command line; unlike its base, it takes neither `nan` nor `inf`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds: float = super().convert(value, param, ctx)
+        if not math.isfinite(seconds):
+            self.fail(f"{value} is not a number of seconds.", param, ctx)
+        return seconds
 
 
 def config_option(command: Command) -> Command:

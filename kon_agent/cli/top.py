@@ -331,7 +331,7 @@ def _print_json(ask: Ask, interval_s: float, is_once: bool) -> None:
 @click.option(
     "--interval",
     "interval_s",
-    type=click.FloatRange(min=MIN_INTERVAL_S),
+    type=target.Seconds(min=MIN_INTERVAL_S),
     default=1.0,
     metavar="SECONDS",
     help="Between two looks. Default: 1.",

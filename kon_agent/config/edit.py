@@ -75,7 +75,10 @@ class Addition:
             ConfigError: the file has such a plugin already.
         """
         if any(is_same(name, self.plugin) for name in config.plugins.by_name()):
-            raise ConfigError(f"plugins.{self.plugin}: is in the file already; 'kon-agent reload' makes it run")
+            raise ConfigError(
+                f"plugins.{self.plugin}: is in the file already; 'kon-agent reload' makes it run, or, where a command "
+                "has removed it, adding it without --persist"
+            )
         return with_plugin(config, self.plugin, self.section)
 
 

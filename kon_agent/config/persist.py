@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
 import os
 import tempfile
 
@@ -105,4 +106,6 @@ def _sync_folder(folder: str) -> None:
 def _remedy(err: OSError) -> str:
     if isinstance(err, PermissionError):
         return "the agent's user may not; edit the file by hand and use 'kon-agent reload'"
+    if err.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "make room on its disk, and try again"
     return "make its folder writable to the agent (under systemd: ReadWritePaths=), or edit it by hand and reload"

@@ -267,7 +267,7 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """What the whole process tree may use."""
 
     cpu: Share = Share(0.02)
-    memory: Size = Size(64 * 1024 * 1024)
+    memory: Size = Size(192 * 1024 * 1024)
 
 
 class LogConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -122,7 +122,9 @@ def _bare_number(value: object) -> Decimal | None:
     """Return a finite number that carries no unit, also written as text; None for everything else."""
     if isinstance(value, bool):
         return None
-    if isinstance(value, int | float):
+    if isinstance(value, int):
+        return Decimal(value)  # of any length: the range is the caller's to check
+    if isinstance(value, float):
         return Decimal(repr(value)) if math.isfinite(value) else None
     if isinstance(value, str) and len(value) <= MAX_TEXT_CHARS and _BARE.fullmatch(value):
         return Decimal(value)

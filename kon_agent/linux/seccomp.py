@@ -16,9 +16,12 @@ both. What that decides:
   program with one kill(-1). Elsewhere only the own group can be signalled: kill(0) and kill(-own pid).
 * pidfd_open is free, to notice a program's end: without pidfd_getfd and pidfd_send_signal that is all it is good for.
 * F_SETFL and FIONBIO are free: the program holds no descriptor but /dev/null and two pipes of its own.
-* memfd_create is not: Landlock lets anything in a memfd be executed. execveat stays denied for the same reason.
+* execveat stays denied: Landlock lets anything in a memfd be executed.
 * clone with CLONE_NEW* is refused, as are namespaces elsewhere; with CLONE_PARENT, too: what it makes would be the
   supervisor's child.
+
+Memory that no process's figures show is refused to all: that of memory files, and of System V's queues, segments and
+semaphores, which besides outlives whoever made it.
 """
 
 from __future__ import annotations
@@ -65,6 +68,7 @@ _DENIED: Final = (
     *("init_module", "finit_module", "delete_module", "kexec_load", "kexec_file_load", "reboot"),
     *("add_key", "request_key", "keyctl", "swapon", "swapoff", "acct", "syslog", "iopl", "ioperm"),
     *("settimeofday", "clock_settime", "sethostname", "setdomainname"),
+    *("memfd_create", "shmget", "msgget", "semget"),
 )
 
 # Calls whose first argument is a process and which may only concern the caller itself. abort() signals
@@ -81,6 +85,9 @@ _SELF_OR_ZERO: Final = (
 # The families a process with the network may use: AF_INET, AF_INET6, and AF_NETLINK, with which getaddrinfo sorts
 # addresses. Not AF_UNIX: the supervisor's control socket is one, and other services' are too.
 _SOCKET_FAMILIES: Final = (2, 10, 16)
+# A pair of AF_UNIX may be a stream, as event loops wake themselves with; with or without SOCK_CLOEXEC, SOCK_NONBLOCK.
+# One of datagrams would reach any socket in the file system: its end takes an address in each sendto (unix(7)).
+_PAIR_TYPES: Final = (1, 0x80001, 0x801, 0x80801)
 
 # Ways round the rule above, by second argument: signals sent on a descriptor's behalf (F_SETOWN, F_SETSIG,
 # F_SETOWN_EX, FIOSETOWN, SIOCSPGRP), keystrokes pushed into an inherited terminal (TIOCSTI, TIOCLINUX).
@@ -88,7 +95,6 @@ _FORBIDDEN_COMMANDS: Final = {"fcntl": (8, 10, 15), "ioctl": (0x8901, 0x8902, 0x
 # And, for those with neither network nor program, ways to make a descriptor shared with others block them (F_SETFL,
 # FIONBIO).
 _FORBIDDEN_TO_WORKERS: Final = {"fcntl": (4,), "ioctl": (0x5421,)}
-_DENIED_TO_PROGRAMS: Final = ("memfd_create",)
 
 _CLONE_THREAD: Final = 0x00010000
 # CLONE_PARENT, then every CLONE_NEW* that clone can take: NS, CGROUP, UTS, IPC, USER, PID, NET.
@@ -195,7 +201,7 @@ def build_filter(architecture: Architecture, own_pid: int, allow: frozenset[str]
     if architecture.has_x32:
         program += [Instruction(_JUMP_GE, _X32_BIT, if_false=1), Instruction(_RETURN, REFUSE)]
     has_programs = "execve" in allowed
-    for name in (*_DENIED, *(_DENIED_TO_PROGRAMS if has_programs else ())):
+    for name in _DENIED:
         if name in numbers and name not in allowed:
             program += _when(numbers[name], [Instruction(_RETURN, REFUSE)])
     for name in _SELF_ONLY:
@@ -209,6 +215,7 @@ def build_filter(architecture: Architecture, own_pid: int, allow: frozenset[str]
         program += _when(numbers[name], _never(1, (*commands, *shared)))
     if "socket" in allowed:
         program += _when(numbers["socket"], _only(0, _SOCKET_FAMILIES))
+        program += _when(numbers["socketpair"], _only(1, _PAIR_TYPES))
     # clone3 takes its flags by pointer, which no filter can follow; libc falls back to clone.
     program += _when(numbers["clone3"], [Instruction(_RETURN, UNKNOWN)])
     program += _when(numbers["clone"], _without_flags(_CLONE_ESCAPES) if has_programs else _threads_only())

@@ -245,16 +245,19 @@ class Connector:
         return f"not tried for a while after failures: {', '.join(resting)}" if resting else ""
 
     async def _go_back(self) -> None:
-        """Ask the preferred server whether it is back; if so, leave the present one."""
+        """Ask the preferred server whether it is back; if so, leave the present one.
+
+        That it can be dialled does not close its breaker: only a batch it acknowledges does.
+        """
         try:
             async with asyncio.timeout(CONNECT_DEADLINE_S):
                 attempt = await self._dial(self._servers[0], None)
         except (OSError, TimeoutError) as err:
             log.debug("%s is still away: %s", self._servers[0], err)
+            self._breakers[str(self._servers[0])].failed(clock.now_ns())
             return
         if attempt.link is not None:
             attempt.link.end("only asked whether you are back")
-        self._breakers[str(self._servers[0])].succeeded()
         self.end(f"{self._servers[0]} is back")
 
     # Events of the link: `transport.Owner`.
@@ -337,9 +340,11 @@ class Connector:
         elif now_ns - self._last_sent_ns > KEEPALIVE_S * clock.NS_PER_S:
             self._last_sent_ns = now_ns
             link.keep_alive()
-        if self.report.address != str(self._servers[0]) and now_ns > self._go_back_at_ns:
+        preferred = str(self._servers[0])
+        if self.report.address != preferred and now_ns > self._go_back_at_ns:
             self._go_back_at_ns = now_ns + int(GO_BACK_EVERY_S * clock.NS_PER_S)
-            self._later(self._go_back())
+            if self._breakers[preferred].allows(now_ns):
+                self._later(self._go_back())
 
     async def _rebind(self, link: Link) -> None:
         try:

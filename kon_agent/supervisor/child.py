@@ -115,10 +115,8 @@ class Supervised:
         """Return what the code that takes our place must know of the process."""
         return Life(
             pid=self.pid,
-            state=self.lifecycle.state,
+            state=self.lifecycle.state if self.child is not None else State.STOPPED,
             restarts=self.lifecycle.restarts,
-            deaths_ns=self.lifecycle.deaths_ns,
-            retry_at_ns=self.lifecycle.retry_at_ns,
             last_exit=self.last_exit,
             deaths=list(self.deaths),
             started_ns=self.started_ns,
@@ -133,7 +131,7 @@ class Supervised:
             OSError: it is not, or no descriptor is left.
         """
         self.child = Child(life.pid, PidFd(life.pid)) if life.pid is not None else None
-        self.lifecycle.resume(life.state, life.restarts, life.deaths_ns, life.retry_at_ns)
+        self.lifecycle.resume(life.state, life.restarts)
         self.last_exit, self.started_ns = life.last_exit, life.started_ns
         self.deaths.extend(life.deaths)
         self._kill_at_ns, self._kill_reason = life.kill_at_ns, life.kill_reason

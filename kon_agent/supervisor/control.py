@@ -28,7 +28,7 @@ from kon_agent.supervisor import handover
 
 log = logging.getLogger(__name__)
 
-MAX_CONNECTIONS = 16  # a person and some scripts; one more is closed at once
+MAX_CONNECTIONS = 16  # a person and some scripts; one more is turned away at once
 SO_PEERGROUPS = 59  # linux/asm-generic/socket.h; Python does not name it
 _MAX_GROUPS = 256  # Python takes no more than 1024 bytes of a socket option
 _UCRED = struct.Struct("=iII")  # struct ucred: pid, uid, gid
@@ -130,7 +130,7 @@ class ControlServer:
             log.warning("a control connection could not be accepted: %s", err)
             return
         if len(self._connections) >= MAX_CONNECTIONS:
-            sock.close()
+            _turn_away(sock)
             return
         sock.setblocking(False)
         self._serve(sock)
@@ -181,7 +181,7 @@ class ControlServer:
         except ControlError as err:
             self._reply(connection, protocol.encode_error(err))
             return
-        except KonError as err:
+        except (KonError, OSError) as err:  # no memory or descriptor is left: what has been done so far stays
             self._reply(connection, protocol.encode_error(ControlError("failed", str(err))))
             return
         if isinstance(result, WithFds):
@@ -254,6 +254,14 @@ class ControlServer:
         self._listener.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
+
+
+def _turn_away(sock: socket.socket) -> None:
+    """Say that there are too many; the few bytes fit the empty queue of a new connection."""
+    busy = ControlError("busy", f"{MAX_CONNECTIONS} requests are being answered, which is the most", "try again")
+    with sock, contextlib.suppress(OSError):  # it has gone again
+        sock.setblocking(False)
+        sock.send(protocol.encode_error(busy))
 
 
 def _gid(group: str) -> int | None:

@@ -39,13 +39,14 @@ REHEARSE = "--rehearse"
 
 
 class Life(msgspec.Struct, frozen=True, kw_only=True):
-    """A supervised process: `Supervised`, and its `Lifecycle`."""
+    """A supervised process: `Supervised`, and its `Lifecycle`.
+
+    What rests after a death is handed over as stopped, and deaths are not: the new code may well be the cure.
+    """
 
     pid: int | None
     state: State
     restarts: int = 0
-    deaths_ns: list[int] = []
-    retry_at_ns: int | None = None
     last_exit: str | None = None
     deaths: list[tuple[int, str]] = []
     started_ns: int = 0
@@ -88,6 +89,7 @@ class Plugin(msgspec.Struct, frozen=True, kw_only=True):
     has_current: bool = False
     totals: dict[str, int] = {}
     missed_ticks: int = 0
+    stderr_fd: int | None = None
 
 
 class Sender(msgspec.Struct, frozen=True, kw_only=True):
@@ -144,6 +146,8 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
         yield from (connection.fd for connection in self.connections)
         for plugin in (*self.plugins, *self.leaving):
             yield plugin.orders_fd
+            if plugin.stderr_fd is not None:
+                yield plugin.stderr_fd
             for ring in plugin.rings:
                 yield from (ring.producer_fd, ring.consumer_fd)
         if self.counters is not None:

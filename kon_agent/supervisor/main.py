@@ -376,7 +376,7 @@ class Supervisor:
         if signal.SIGHUP in numbers:
             try:
                 Requests(self).reload()
-            except KonError as err:
+            except (KonError, OSError) as err:
                 log.error("the reload changed nothing: %s", err)
         if signal.SIGUSR2 in numbers:
             try:
@@ -469,7 +469,7 @@ class Supervisor:
                 telemetry.Telemetry(
                     uptime_s=(now_ns - self.started_ns) / NS_PER_S,
                     processes=self.regulation.meter.samples,
-                    plugins=[status.plugin_sample(plugin) for plugin in plugins],
+                    plugins=[status.plugin_sample(plugin) for plugin in plugins if plugin.enabled or plugin.produced],
                     server_state=self.courier.report().state.name.lower(),
                     governor=self.regulation.sample(),
                 )

@@ -45,7 +45,7 @@ def _apply_plugins(
     supervisor: Supervision, before: dict[str, PluginConfig], after: dict[str, PluginConfig], now_ns: int
 ) -> list[str]:
     changed = []
-    for name in before.keys() - after.keys():
+    for name in [name for name in before if name not in after]:
         changed.append(f"plugins.{name}")
         if name in supervisor.units:
             supervisor.remove_unit(name, now_ns)

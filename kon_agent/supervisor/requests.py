@@ -169,7 +169,7 @@ class Requests:
             self._keep(Setting(unit.plugin, "enable", False))
         unit.is_wanted = False
         unit.stop(clock.now_ns())
-        return lambda: self._once(unit, unit.child is None)
+        return lambda: self._once(unit, unit.child is None, is_to_run=False)
 
     def _restart(self, unit: Unit) -> Pending:
         if not unit.is_wanted:
@@ -239,11 +239,14 @@ class Requests:
         if supervisor.config_path is None:
             hint = "start the agent with -c FILE, or leave --persist out"
             raise ControlError("no_config", "the agent runs with built-in defaults: there is no file to write to", hint)
+        plugins = supervisor.config.plugins.by_name()
+        if isinstance(change, Setting) and plugins.get(change.plugin) not in (None, self._unit(change.plugin).config):
+            why = f"a command has put another plugin in the place of the file's '{change.plugin}'"
+            raise ControlError("not_persisted", why, "edit the file by hand, or leave --persist out")
         try:
             persist(supervisor.config_path, change)
         except ConfigError as err:
             raise ControlError("not_persisted", str(err), "nothing has been changed, neither there nor here") from err
-        plugins = supervisor.config.plugins.by_name()
         if isinstance(change, Addition):
             supervisor.go_by(with_plugin(supervisor.config, change.plugin, section))
         elif isinstance(change, Removal):
@@ -252,7 +255,16 @@ class Requests:
             supervisor.go_by(change.applied(supervisor.config))
             self._supervisor.units[change.plugin].config = supervisor.config.plugins.by_name()[change.plugin]
 
-    def _once(self, unit: Unit, is_done: bool) -> PluginStatus | None:
+    def _once(self, unit: Unit, is_done: bool, *, is_to_run: bool = True) -> PluginStatus | None:
+        """Return the plugin's state once what was asked for is done.
+
+        Raises:
+            ControlError: it never will be: another command, or a reload, wanted otherwise meanwhile.
+        """
+        if self._supervisor.units.get(unit.plugin) is not unit:
+            raise ControlError("overtaken", f"{unit.plugin} has been removed meanwhile")
+        if not is_done and unit.is_wanted is not is_to_run:
+            raise ControlError("overtaken", f"{unit.plugin} has been {_switched(unit.is_wanted)} meanwhile")
         # A plugin that dies at once is an answer too: its state says so.
         is_done = is_done or (unit.is_wanted and unit.lifecycle.state in (State.BACKOFF, State.FAILED))
         return self._plugin(unit) if is_done or unit.is_held_back or unit.pause_reason else None
@@ -288,3 +300,7 @@ class Requests:
         new = load(supervisor.config_path, examine)
         credentials.check(new.tls)
         return reload.apply(supervisor, new, clock.now_ns())
+
+
+def _switched(is_on: bool) -> str:
+    return "enabled" if is_on else "disabled"

@@ -23,6 +23,7 @@ from kon_agent.page import PageReader
 from kon_agent.process import Child, Role, spawn
 from kon_agent.ring import Pulse, Verdict
 from kon_agent.spec import ORDERS_BYTES, WorkerSpec, encode_orders
+from kon_agent.stderrpipe import StderrPipe
 from kon_agent.supervisor import handover
 from kon_agent.supervisor.child import Supervised
 from kon_agent.supervisor.pace import Pace
@@ -103,6 +104,7 @@ class Unit(Supervised):
         self._missed_before = 0
         self._period_s = float(config.period)
         self._stretch = 1
+        self._stderr: StderrPipe | None = None
         self._orders = SharedPage(f"kon-orders-{plugin}", ORDERS_BYTES)
         self._has_new_orders = False
         self._steered_ns = 0  # before that, its worker went by another period
@@ -162,6 +164,8 @@ class Unit(Supervised):
         if self._has_new_orders:
             self._has_new_orders, self._steered_ns = False, now_ns
         super().look(now_ns, max(awake_since_ns, self._steered_ns))
+        if self._stderr is not None:
+            self._stderr.pass_on(now_ns)
         if self.pace.is_due(now_ns, self.period_s):
             self.pace.note(self.figures().produced, now_ns)
 
@@ -169,6 +173,7 @@ class Unit(Supervised):
         """Let go of the memory; the worker is gone, or dies with us."""
         for ring in self.rings():
             ring.release()
+        self._close_stderr()
         self._orders.release()
 
     def capture(self) -> handover.Plugin:
@@ -186,6 +191,7 @@ class Unit(Supervised):
             has_current=self.ring is not None,
             totals=dict(self._totals),
             missed_ticks=self._missed_before,
+            stderr_fd=self._stderr.read_fd if self._stderr is not None else None,
         )
 
     def adopt(self, taken: handover.Plugin) -> None:
@@ -206,6 +212,8 @@ class Unit(Supervised):
         rings = [SharedRing.adopt(ring) for ring in taken.rings]
         self.ring = rings.pop() if taken.has_current else None
         self._waiting = rings
+        if taken.stderr_fd is not None:
+            self._stderr = StderrPipe(self.name, taken.stderr_fd)
         self.adopt_life(taken.life)
         self._orders.take_over(taken.orders_fd)
         self._steer()
@@ -236,6 +244,7 @@ class Unit(Supervised):
             keep_fds=(self._around.doorbell,),
             user=self._around.user,
             profile=profile_for(self.config),
+            stderr_fd=self._open_stderr(),
         )
 
         def specify() -> WorkerSpec:
@@ -257,7 +266,10 @@ class Unit(Supervised):
                 orders=PageReader(self._orders.map_readonly()),
             )
 
-        return spawn(role, prepare=specify)
+        child = spawn(role, prepare=specify)
+        if self._stderr is not None:
+            self._stderr.handed_out()
+        return child
 
     def _ask_to_stop(self) -> None:
         if self.child is not None:
@@ -279,7 +291,20 @@ class Unit(Supervised):
     def _last_words(self) -> str:
         return self.ring.observer.last_words() if self.ring else ""
 
+    def _open_stderr(self) -> int | None:
+        """Return what third-party code has for standard error; None: ours will do."""
+        if not isinstance(self.config, ForeignConfig):
+            return None
+        self._stderr = StderrPipe(self.name)
+        return self._stderr.write_fd
+
+    def _close_stderr(self) -> None:
+        if self._stderr is not None:
+            self._stderr.close()
+            self._stderr = None
+
     def _on_gone(self) -> None:
+        self._close_stderr()
         if self.ring is not None:
             self._missed_before += self.pulse().missed_ticks
             self.ring.is_closed = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -34,7 +35,12 @@ class Tap:
         with self._path.open("wb") as out:
             command = [sys.executable, "-m", "kon_agent.cli.agent", "tap", "--json", *options]
             self.process = subprocess.Popen(
-                [*command, "--socket", str(agent.socket)], env=environment_of(), stdout=out, stderr=subprocess.PIPE
+                [*command, "--socket", str(agent.socket)],
+                env=environment_of(),
+                stdout=out,
+                stderr=subprocess.PIPE,
+                # A shell's background job, which this test may be, ignores Ctrl-C, and its children with it.
+                preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
             )
 
     def records(self) -> list[StoredRecord]:

@@ -270,6 +270,27 @@ def test_a_leak_ends_its_own_worker_only(start: Start, drop: Drop) -> None:
     assert_undisturbed(before, agent)
 
 
+def test_a_flood_of_words_fills_no_disk(start: Start, drop: Drop) -> None:
+    """What a plugin says on standard error reaches the log within bounds, and the log cannot be cut off by it."""
+    body = """
+os.write(2, b'hello\\n')
+try:
+    os.ftruncate(2, 0)
+except OSError:
+    pass
+while True:
+    os.write(2, b'y' * 1_000_000)"""
+    drop("flood", collecting("flood", body))
+    agent = start({**STEADY, "flood": {"deadline": "1s", "period": "500ms"}})
+    agent.wait_until_running(*STEADY)
+    before = statuses(agent)
+    wait_for(lambda: "yyyy" in agent.log(), "its words are in the log")
+    agent.wait_for_acks(*STEADY)
+    assert "hello" in agent.log() and "supervisor: agent" in agent.log()
+    assert len(agent.log()) < 1_000_000
+    assert_undisturbed(before, agent)
+
+
 def test_bombs_are_refused(start: Start, drop: Drop, receiver: Receiver) -> None:
     """No process can be made, and no more threads than a plugin needs; a thousand tries harm nobody."""
     body = """

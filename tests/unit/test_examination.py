@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from kon_agent import examination
+from kon_agent import examination, inquiry
 from kon_agent.catalog import Catalog
 from kon_agent.config.document import compose
 from kon_agent.config.foreign import Exhibit, Verdict
 from kon_agent.config.mistake import Place
 from kon_agent.errors import PluginError
 from kon_agent.examination import Answer, Examiner, decode, examine
-from kon_agent.inquiry import Question, Reply, ask
+from kon_agent.inquiry import EXIT_GRACE_S, Question, Reply, ask
 from kon_agent.linux import privileges
 
 HEAD = "from kon_agent.plugins import Duration, PluginConfig, plugin\n"
@@ -104,6 +105,34 @@ def test_a_hang_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "hung: no answer within 0.5 s" in verdict.failure
 
 
+def test_many_that_hang_end_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight that ignore SIGABRT take the time of one: the supervisor waits meanwhile."""
+    monkeypatch.setattr(examination, "DEADLINE_S", 0.5)
+    code = "import signal, time\nsignal.signal(signal.SIGABRT, signal.SIG_IGN)\ntime.sleep(1000)"
+    exhibits = [exhibit_of(tmp_path, code, f"path: /{number}") for number in range(8)]
+    began_s = time.monotonic()
+    verdicts = Examiner()(exhibits, "nobody")
+    assert ({True}, True) == (
+        {"hung: no answer within 0.5 s" in verdict.failure for verdict in verdicts},
+        time.monotonic() - began_s < 0.5 + 4 * EXIT_GRACE_S,  # one after another would take the grace of each
+    )
+
+
+def test_after_a_hang_the_rest_hurries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many hang, whoever waits for the reload learns it in time."""
+    monkeypatch.setattr(examination, "DEADLINE_S", 0.5)
+    monkeypatch.setattr(examination, "AFTER_HANG_S", 0.2)
+    monkeypatch.setattr(inquiry, "MAX_AT_ONCE", 1)
+    code = "import time\ntime.sleep(1000)"
+    exhibits = [exhibit_of(tmp_path, code, f"path: /{number}") for number in range(3)]
+    failures = [verdict.failure.partition(": ")[2] for verdict in Examiner()(exhibits, "nobody")]
+    assert [
+        "hung: no answer within 0.5 s",
+        "hung: no answer within 0.2 s",
+        "not asked: those before it hung",
+    ] == failures
+
+
 def test_what_a_plugin_prints_is_no_answer(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """It goes to the log, and standard output stays clean."""
     assert "" == judge(tmp_path, f"print('hello')\n{NEEDY}").failure
@@ -154,6 +183,7 @@ def test_an_answer_is_decoded() -> None:
         b"[]",
         b"\xff",
         b'{"reads": ["relative"]}',
+        b'{"reads": ["/a\\u0000b"]}',
         b'{"reads": [%s]}' % b",".join([b'"/a"'] * 33),
         b'{"reads": ["/%s"]}' % (b"a" * 5000),
         b'{"has_network": 1}',
@@ -167,3 +197,11 @@ def test_nonsense_is_no_answer(data: bytes) -> None:
     """A hostile child's answer is refused as a whole."""
     with pytest.raises(PluginError, match="its answer makes no sense"):
         decode(data)
+
+
+@pytest.mark.parametrize("said", [b'{"failure": "a\\u001b[2Jb"}', b'{"\\u001b[2J%s": 1}' % (b"a" * 9000)])
+def test_nothing_they_say_moves_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: bytes) -> None:
+    """What is shown of an answer is printable, and short, also where it is refused."""
+    monkeypatch.setattr(examination, "ask", lambda *_: [Reply(said)])
+    failure = judge(tmp_path, NEEDY).failure
+    assert (True, True) == (failure.isprintable(), len(failure) < examination.MAX_TEXT + 200)

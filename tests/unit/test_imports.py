@@ -24,7 +24,7 @@ ROOT = Path(kon_agent.__file__).parent
 LAYERS: tuple[set[str], ...] = (
     {  # leaf nouns
         *("", "backoff", "breaker", "catalog", "clock", "errors", "importpath", "lifecycle", "linkreport", "linux"),
-        *("logs", "metric", "page", "ranges", "ring", "schedule", "spoolreport", "tapping"),
+        *("logs", "metric", "page", "ranges", "ring", "schedule", "spoolreport", "stderrpipe", "tapping"),
     },
     {  # adapters: to the kernel, the disk, the wire, the user's files, the other processes
         *("bpf", "channel", "config", "control_protocol", "credentials", "inquiry", "process", "spool", "telemetry"),

@@ -171,3 +171,4 @@ def test_nonsense_in_the_words_stays_in_range() -> None:
     stats = pair.observer.stats()
     assert 0 <= stats.used_bytes <= SIZE
     assert all(0 <= n < 2**54 for n in (stats.produced, stats.in_ring, *stats.dropped.values()))
+    assert 2**40 == pair.observer.pulse().missed_ticks  # summed up over many workers, it is still a number of 64 bits

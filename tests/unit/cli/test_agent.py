@@ -27,7 +27,7 @@ from kon_agent.control_protocol import (
     encode_result,
     unknown_plugin,
 )
-from kon_agent.errors import ConfigError, NoData
+from kon_agent.errors import ConfigError, ControlError, NoData
 from kon_agent.metric import Metric
 
 if TYPE_CHECKING:
@@ -115,12 +115,34 @@ def test_changes_are_asked_for_as_given(
     assert [request_] == agent.requests
 
 
-@pytest.mark.parametrize("given", [("period",), ("=1s",), ("top=1", "top=2")])
+@pytest.mark.parametrize("given", [("period",), ("=1s",), ("top=1", "top=2"), ("type=cpu",)])
 def test_settings_are_keys_and_values(cli: Cli, agent: FakeAgent, given: tuple[str, ...]) -> None:
     """What is no KEY=VALUE, or says one thing twice, is a mistake of the command line."""
     options = [word for text in given for word in ("--set", text)]
-    assert 2 == cli("plugins", "add", "ups", *options).exit_code
+    assert 2 == cli("plugins", "add", "ups", "--type", "exec", *options).exit_code
     assert [] == agent.requests
+
+
+@pytest.mark.parametrize("arguments", [("plugins", "info", "\udcff"), ("tap", "--plugin", "\udcff")])
+def test_what_is_no_text_is_told(cli: Cli, agent: FakeAgent, arguments: tuple[str, ...]) -> None:
+    """A byte of the command line that is no UTF-8 is a mistake, not a traceback."""
+    result = cli(*arguments)
+    assert (1, "error: '\\udcff' is no UTF-8 text; write it as such\n") == (result.exit_code, result.stderr)
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-1", "soon"])
+@pytest.mark.parametrize("arguments", [("tap", "--for"), ("top", "--once", "--interval")])
+def test_a_length_of_time_is_a_number(cli: Cli, agent: FakeAgent, arguments: tuple[str, ...], seconds: str) -> None:
+    """One that has an end."""
+    assert 2 == cli(*arguments, seconds).exit_code
+    assert [] == agent.requests
+
+
+def test_no_error_writes_to_the_terminal(cli: Cli, agent: FakeAgent) -> None:
+    """An error may hold the words of a plugin."""
+    agent.reply = lambda _: encode_error(ControlError("failed", "cpu: \x1b[2J\nline two", "\x07now"))
+    result = cli("plugins", "enable", "cpu")
+    assert ["error: cpu:  [2J", "line two", "hint:  now"] == result.stderr.splitlines()
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -173,6 +195,14 @@ def test_change_says_the_new_process(cli: Cli, agent: FakeAgent, cpu: PluginStat
     """After a change one line tells the state and the pid."""
     agent.reply = lambda _: encode_result(cpu)
     assert "cpu: RUNNING, pid 4194303\n" == cli("plugins", "restart", "cpu").stdout
+
+
+def test_change_says_why_it_shows_no_effect(cli: Cli, agent: FakeAgent, cpu: PluginStatus) -> None:
+    """What the governor has paused is enabled and does not run: the reason stands beside the result."""
+    why = "paused by the governor: 3.1 % of a core is used; the limit is 2 %"
+    agent.reply = lambda _: encode_result(msgspec.structs.replace(cpu, state="STOPPED", pid=None, detail=why))
+    result = cli("plugins", "enable", "cpu")
+    assert ("cpu: STOPPED\n", f"{why}\n") == (result.stdout, result.stderr)
 
 
 def test_unknown_plugin_is_suggested(cli: Cli, agent: FakeAgent) -> None:

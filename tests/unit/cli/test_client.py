@@ -93,6 +93,34 @@ def test_silence_ends_in_time(agent: FakeAgent) -> None:
     assert caught.value.code == "timeout"
 
 
+def test_a_full_queue_is_waited_for(monkeypatch: pytest.MonkeyPatch, agent: FakeAgent) -> None:
+    """Many commands at once all get their answer."""
+    refusals = [BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")] * 3
+
+    class Crowded(socket.socket):
+        def connect(self, address: object) -> None:
+            if refusals:
+                raise refusals.pop()
+            super().connect(str(address))
+
+    monkeypatch.setattr(socket, "socket", Crowded)
+    agent.reply = lambda _: encode_result(Reload(changed=[], unchanged=[]))
+    assert Reload(changed=[], unchanged=[]) == call(agent.path, ASK, Reload)
+
+
+def test_a_queue_that_stays_full_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An agent that has stopped takes nobody in."""
+
+    class Full(socket.socket):
+        def connect(self, address: object) -> None:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(socket, "socket", Full)
+    with pytest.raises(ControlError) as caught:
+        call("/run/kon-agent/control.sock", ASK, Reload, timeout_s=0.05)
+    assert caught.value.code == "timeout"
+
+
 def test_endless_answer_is_cut(agent: FakeAgent) -> None:
     """An answer without end is given up at its bound."""
     agent.reply = lambda _: b"x" * (MAX_RESPONSE_BYTES + 1_000)

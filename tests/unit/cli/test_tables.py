@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from kon_agent.cli import tables
-from kon_agent.control_protocol import Death, PluginStatus, Status
+from kon_agent.control_protocol import Death, PluginStatus, ServerStatus, Status
+from kon_agent.metric import Metric
 
 
 def _terminal(columns: int) -> Console:
@@ -85,7 +86,7 @@ def test_disabled_is_told_from_stopped(cpu: PluginStatus) -> None:
     off = PluginStatus(name="cpu", state="STOPPED", enabled=False, period_s=5.0, last_exit="killed by SIGKILL")
     out = tables.console(io.StringIO())
     tables.print_plugins([off], out)
-    assert ["cpu", "DISABLED", "-", "5s", "0", "SIGKILL", "0", "0", "0"] == _text(out).splitlines()[1].split()
+    assert ["cpu", "DISABLED", "-", "5s", "0", "SIGKILL", "0", "0", "0"] == _text(out).splitlines()[1].split()[:9]
 
 
 def test_a_pipe_gets_plain_uncut_text(cpu: PluginStatus) -> None:
@@ -112,6 +113,28 @@ def test_status_says_why(whole: Status) -> None:
         "idle  1.5 KiB of 47.7 MiB  7 records in 1 segments  oldest 1m 1s",
     ):
         assert reason in text
+
+
+def test_a_connected_agent_fits_80_columns(whole: Status) -> None:
+    """The server's line as well, with an address and a time of day of common length."""
+    server = ServerStatus(
+        address="quic://metrics.example.org:7843", state="connected", since="2026-11-22T21:33:35.053+00:00", rtt_ms=12.3
+    )
+    out = _terminal(80)
+    tables.print_status(msgspec.structs.replace(whole, server=server, interfaces=[], warnings=[]), out)
+    head = _text(out).partition("plugins")[0].splitlines()
+    assert "server     connected  quic://metrics.example.org:7843  rtt 12.3 ms" == head[1]
+    assert max(map(len, head)) <= 80
+
+
+def test_labels_are_never_cut() -> None:
+    """What a narrow terminal does not take in one line goes on in the next, and the value stays whole."""
+    labels = {"device": "/dev/mapper/data-volume", "fstype": "ext4", "mountpoint": "/srv/a-long-name-of-a-folder"}
+    out = _terminal(80)
+    tables.print_metrics([Metric("disk_inodes_total", 8796093022208.0, labels)], out)
+    lines = _text(out).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert {"mountpoint=/srv/a-long-name-of-a-folder", "8796093022208"} <= set(" ".join(lines).split())
 
 
 def test_plugin_info_names_each_loss(broken: PluginStatus) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 from pathlib import Path
 
@@ -304,16 +305,19 @@ def test_a_file_that_cannot_be_edited_is_left_as_it_is(tmp_path: Path, text: str
     assert (text, [file]) == (file.read_text(), list(tmp_path.iterdir()))
 
 
-def test_a_failing_disk_leaves_the_file_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("code", "remedy"), [(errno.EIO, "by hand"), (errno.ENOSPC, "make room")])
+def test_a_failing_disk_leaves_the_file_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, remedy: str
+) -> None:
     """Nothing is left behind, and the error names the file and what to do."""
     file = tmp_path / "agent.yaml"
     file.write_text("plugins:\n")
 
     def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(ConfigError, match=r"agent.yaml: cannot be written: No space left on device; .*by hand"):
+    with pytest.raises(ConfigError, match=rf"agent.yaml: cannot be written: {os.strerror(code)}; .*{remedy}"):
         persist(str(file), OFF)
     assert ("plugins:\n", [file]) == (file.read_text(), list(tmp_path.iterdir()))
 

@@ -41,7 +41,7 @@ def test_duration_refuses_with_examples(value: object) -> None:
         units.parse_duration(value)
 
 
-@pytest.mark.parametrize("value", [-1, -0.5, "3651d", 1e300])
+@pytest.mark.parametrize("value", [-1, -0.5, "3651d", 1e300, 10**400])
 def test_duration_out_of_range(value: object) -> None:
     """A negative duration, or one a timeout would overflow at, is refused."""
     with pytest.raises(ValueError, match="out of range"):

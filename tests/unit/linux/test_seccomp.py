@@ -153,9 +153,20 @@ def test_exec_opens_no_way_out(machine: Architecture, name: str) -> None:
         assert REFUSE == verdict(machine, machine.numbers[name], allow=groups)
 
 
-def test_memory_files_are_refused_to_programs_only(machine: Architecture) -> None:
-    """Without `exec` nothing in one could be run."""
-    assert ALLOW == verdict(machine, machine.numbers["memfd_create"])
+@pytest.mark.parametrize("name", ["memfd_create", "shmget", "msgget", "semget"])
+@pytest.mark.parametrize("groups", [frozenset[str](), frozenset({"network"}), EXEC, SIGNALS])
+def test_memory_that_no_process_shows_is_refused(machine: Architecture, name: str, groups: frozenset[str]) -> None:
+    """Nobody's limit would see it, and System V's outlives whoever made it."""
+    assert REFUSE == verdict(machine, machine.numbers[name], allow=groups)
+
+
+@pytest.mark.parametrize(
+    ("expected", "kind"), [(ALLOW, 1), (ALLOW, 0x80001), (ALLOW, 0x80801), (REFUSE, 2), (REFUSE, 0x80002), (REFUSE, 5)]
+)
+def test_a_pair_of_sockets_leads_nowhere(machine: Architecture, expected: int, kind: int) -> None:
+    """With `network`, streams only: an end of a pair of datagrams could send to other services' unix sockets."""
+    network = frozenset({"network"})
+    assert expected == verdict(machine, machine.numbers["socketpair"], 1, kind, allow=network)
 
 
 @pytest.mark.parametrize(

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from kon_agent import clock
+from kon_agent.breaker import FIRST_REST_S
 from kon_agent.clock import NS_PER_S
 from kon_agent.config.server import ServerAddress, parse_server
-from kon_agent.linkreport import REPORT_BYTES
+from kon_agent.linkreport import REPORT_BYTES, LinkState
 from kon_agent.page import PageWriter, page_size
 from kon_agent.sender import connector as connector_module
-from kon_agent.sender.connector import Connector
+from kon_agent.sender.connector import GO_BACK_EVERY_S, Connector
 from kon_agent.sender.dialect import Answer
 from kon_agent.spec import SenderSpec
 
@@ -108,3 +110,25 @@ def test_one_that_acknowledges_nothing_fails(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(world.connector, "_converse", welcome)
     assert [FIRST, SECOND] * 3 == world.run()
+
+
+def test_the_preferred_server_is_asked_again_once_it_has_rested(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a lesser one serves, one whose breaker is open is left alone; that it can be dialled is no success."""
+    world = World(monkeypatch, [FIRST, SECOND], 1)
+    connector, asked = world.connector, []
+
+    def note(work: Any) -> None:
+        work.close()
+        asked.append(FIRST)
+
+    connector._link = connector._dialect = cast(Any, SimpleNamespace(keep_alive=lambda: None, rtt_us=0))
+    connector._show(LinkState.CONNECTED, SECOND, "")
+    monkeypatch.setattr(connector, "_later", note)
+    breaker = connector._breakers[FIRST]
+    for _ in range(5):
+        breaker.failed(clock.now_ns())
+    connector.tick(clock.now_ns() + 1, None)
+    assert [] == asked
+    rested_ns = clock.now_ns() + int((FIRST_REST_S + GO_BACK_EVERY_S) * NS_PER_S)
+    connector.tick(rested_ns, None)
+    assert ([FIRST], "half_open") == (asked, breaker.state.value)

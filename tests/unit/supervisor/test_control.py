@@ -236,11 +236,11 @@ def test_an_idle_server_is_quiet(loop: Loop) -> None:
 
 
 def test_no_more_than_so_many_connections(loop: Loop) -> None:
-    """One too many is closed at once; those before it are served."""
+    """One too many is told so and closed; those before it are served."""
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(loop.connect()) for _ in range(MAX_CONNECTIONS)]
         loop.turn_until(lambda: loop.connections() == MAX_CONNECTIONS)
-        assert b"" == loop.ask(b"")
+        assert "busy" == error_of(loop.ask(b""))["code"]
         clients[0].sendall(STATUS)
         assert ANSWER == loop.read_all(clients[0])
 
@@ -259,14 +259,15 @@ def test_a_handlers_error_is_the_answer(loop: Loop) -> None:
     assert expected == error_of(loop.ask(STATUS))
 
 
-def test_any_error_of_ours_is_an_answer(loop: Loop) -> None:
-    """An invalid configuration at a reload is told to who asked, and ends nothing."""
+@pytest.mark.parametrize("error", [ConfigError("agent.yaml:1:1: no"), OSError("no descriptor is left")])
+def test_any_error_of_ours_is_an_answer(loop: Loop, error: Exception) -> None:
+    """An invalid configuration at a reload, or a want of descriptors, is told to who asked, and ends nothing."""
 
     def fail(request: Request) -> Result:
-        raise ConfigError("agent.yaml:1:1: no")
+        raise error
 
     loop.answer = fail
-    assert {"code": "failed", "message": "agent.yaml:1:1: no", "hint": ""} == error_of(loop.ask(STATUS))
+    assert {"code": "failed", "message": str(error), "hint": ""} == error_of(loop.ask(STATUS))
 
 
 def test_a_pending_answer_is_asked_for_until_it_is_there(loop: Loop) -> None:

@@ -25,7 +25,14 @@ from kon_agent.supervisor.sharedring import SharedRing
 from kon_agent.supervisor.unit import Unit
 from tests.unit.supervisor.fakes import START_NS, FakePidFd, Plugin, make_plugin
 
-LIFE = Life(pid=4711, state=State.RUNNING, restarts=2, deaths_ns=[1, 2], last_exit="killed by SIGKILL", started_ns=3)
+LIFE = Life(
+    pid=4711,
+    state=State.RUNNING,
+    restarts=2,
+    deaths=[(1, "killed by SIGKILL")],
+    last_exit="killed by SIGKILL",
+    started_ns=3,
+)
 RING = Ring(
     number=7, plugin="cpu", size_bytes=65536, epoch=(1 << 64) - 1, is_closed=False, producer_fd=20, consumer_fd=21
 )
@@ -294,7 +301,20 @@ def test_a_plugin_goes_on(old: Plugin) -> None:
     assert old.unit.figures() == unit.figures()
     assert [ring.number for ring in old.unit.rings()] == [ring.number for ring in unit.rings()]
     assert (2, old.unit.last_exit) == (unit.missed_ticks, unit.last_exit)
-    assert (old.unit.lifecycle.deaths_ns, old.unit.deaths) == (unit.lifecycle.deaths_ns, unit.deaths)
+    assert old.unit.deaths == unit.deaths
+    unit.release()
+
+
+def test_what_rests_is_tried_at_once(old: Plugin) -> None:
+    """New code may be the cure for what the old one died of: neither a wait nor an open breaker is taken over."""
+    for _ in range(5):
+        old.die()
+        old.start()
+    old.die()
+    unit = successor(old)
+    assert (State.FAILED, False) == (old.unit.lifecycle.state, old.unit.is_due(START_NS))
+    assert (State.STOPPED, True, "closed") == (unit.lifecycle.state, unit.is_due(START_NS), unit.lifecycle.breaker)
+    assert old.unit.lifecycle.restarts == unit.lifecycle.restarts
     unit.release()
 
 

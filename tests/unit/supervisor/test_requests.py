@@ -225,6 +225,36 @@ def test_restarting_is_answered_with_another_worker(agent: Agent) -> None:
     assert answer.pid not in (None, old.pid)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "why"),
+    [
+        (Op.PLUGIN_ENABLE, Op.PLUGIN_DISABLE, "cpu has been disabled meanwhile"),
+        (Op.PLUGIN_RESTART, Op.PLUGIN_DISABLE, "cpu has been disabled meanwhile"),
+        (Op.PLUGIN_DISABLE, Op.PLUGIN_ENABLE, "cpu has been enabled meanwhile"),
+    ],
+)
+def test_a_command_overtaken_by_its_opposite_is_told(agent: Agent, first: Op, second: Op, why: str) -> None:
+    """What will not come about is not waited for."""
+    agent.turn()
+    if first is Op.PLUGIN_ENABLE:
+        agent.pending(Op.PLUGIN_DISABLE)
+    question = agent.pending(first)
+    agent.pending(second)
+    with pytest.raises(ControlError, match=why):
+        question()
+
+
+@pytest.mark.parametrize("op", [Op.PLUGIN_ENABLE, Op.PLUGIN_RESTART, Op.PLUGIN_DISABLE])
+def test_a_command_overtaken_by_a_removal_is_told(agent: Agent, op: Op) -> None:
+    """A plugin that is forgotten has no state to answer with."""
+    agent.turn()
+    question = agent.pending(op)
+    agent.supervisor.remove_unit("cpu", agent.now_ns)
+    agent.worker_ends()
+    with pytest.raises(ControlError, match="cpu has been removed meanwhile"):
+        question()
+
+
 def test_a_worker_that_dies_at_once_is_an_answer_too(agent: Agent) -> None:
     """Who asked is told of the death instead of waiting for what does not come."""
     agent.unit.is_wanted = False
@@ -563,6 +593,19 @@ def test_what_cannot_be_kept_is_not_done(
         agent.ask(op, "cpu", persist=True, **fields)
     assert "not_persisted" == caught.value.code
     assert (State.RUNNING, True, 5.0) == (agent.unit.lifecycle.state, agent.unit.is_wanted, agent.unit.period_s)
+
+
+@pytest.mark.parametrize("fields", [{}, {"period": "1s"}])
+def test_what_has_taken_anothers_name_is_not_kept(running: Agent, fields: dict[str, Any]) -> None:
+    """The file's plugin of that name is another one: neither its section nor the plugin that runs is changed."""
+    reload(running, "plugins: {ups: {type: load}}")
+    running.ask(Op.PLUGIN_REMOVE, "ups")
+    running.ask(Op.PLUGIN_ADD, "ups", settings={"type": "netdev"})
+    op = Op.PLUGIN_SET_PERIOD if fields else Op.PLUGIN_DISABLE
+    before = (running.file.read_text(), running.supervisor.units["ups"].config)
+    with pytest.raises(ControlError, match="another plugin in the place of the file's 'ups'"):
+        running.ask(op, "ups", persist=True, **fields)
+    assert before == (running.file.read_text(), running.supervisor.units["ups"].config)
 
 
 def test_without_a_file_nothing_is_kept(agent: Agent) -> None:
