@@ -6,16 +6,12 @@ before; where the file's section changes, the file wins.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import msgspec
 
 from kon_agent.config.schema import Config, EbpfConfig, PluginConfig
 from kon_agent.control_protocol import Reload
-
-if TYPE_CHECKING:
-    from kon_agent.supervisor.requests import Supervision
-    from kon_agent.supervisor.unit import Unit
+from kon_agent.supervisor.supervision import Supervision
+from kon_agent.supervisor.unit import Unit
 
 SENDERS = ("server", "client_id", "tls", "batch", "cache", "shutdown_timeout")
 """Sections that the sender goes by: another one of them takes another sender. The rings stay."""

@@ -6,8 +6,6 @@ Deciding and answering only: the process table belongs to `main`, what is asked 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Protocol
 
 from kon_agent import __version__, clock, credentials
 from kon_agent.clock import NS_PER_S
@@ -16,7 +14,7 @@ from kon_agent.config.edit import Addition, Change, Removal, Setting, with_plugi
 from kon_agent.config.load import load
 from kon_agent.config.naming import is_same
 from kon_agent.config.persist import persist
-from kon_agent.config.schema import BUILTIN_SECTIONS, MAX_PLUGINS, Config, PluginConfig
+from kon_agent.config.schema import BUILTIN_SECTIONS, MAX_PLUGINS, PluginConfig
 from kon_agent.config.section import parse_section
 from kon_agent.config.units import parse_duration
 from kon_agent.control_protocol import (
@@ -34,55 +32,13 @@ from kon_agent.control_protocol import (
 from kon_agent.errors import ConfigError, ControlError
 from kon_agent.examination import examine
 from kon_agent.lifecycle import State
-from kon_agent.spoolreport import Slots
 from kon_agent.supervisor import reload, status
 from kon_agent.supervisor.control import Pending, WithFds
-from kon_agent.supervisor.courier import Courier
-from kon_agent.supervisor.network import NetworkWatch
-from kon_agent.supervisor.regulation import Regulation
+from kon_agent.supervisor.supervision import Supervision
 from kon_agent.supervisor.unit import Unit
 
 MAX_TAPPED_RINGS = 250
 """The kernel passes no more than 253 descriptors at once (SCM_MAX_FD, linux/net/scm.h)."""
-
-
-class Supervision(Protocol):
-    """What the operations need of the supervisor: its process table, and the few verbs that change it."""
-
-    config: Config
-    config_path: str | None
-    started_with: Config
-    warnings: list[str]
-    started_ns: int
-    units: dict[str, Unit]
-    slots: Slots
-    courier: Courier
-    network: NetworkWatch
-    regulation: Regulation
-
-    def warn(self, text: str) -> None:
-        """Say once, and show in the status from now on."""
-
-    def withdraw(self, text: str) -> None:
-        """Take a warning back."""
-
-    def go_by(self, config: Config) -> None:
-        """Go by another configuration in what is the supervisor's own."""
-
-    def stop(self) -> None:
-        """Begin to end."""
-
-    def upgrade(self) -> Callable[[], None]:
-        """Let the installed code take over; return the question how that goes."""
-
-    def add_unit(self, name: str, section: PluginConfig) -> None:
-        """Take a plugin in."""
-
-    def remove_unit(self, name: str, now_ns: int) -> None:
-        """Let a plugin go."""
-
-    def plugin_statuses(self, now_ns: int) -> list[PluginStatus]:
-        """Return every plugin's status."""
 
 
 class Requests:

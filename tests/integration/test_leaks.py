@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from kon_agent.cli import client
 from kon_agent.control_protocol import Op, Reload, Request
 from tests.support.agent import Agent
+from tests.support.holdings import descriptors, rings
 from tests.support.waiting import wait_for
 
 pytestmark = [
@@ -23,20 +22,6 @@ pytestmark = [
 
 RESTARTS = 25
 KILLS = 3  # in a row; one more would be two from opening the breaker
-
-
-def descriptors(pid: int) -> Counter[str]:
-    """Return how many descriptors of each kind a process holds; numbers that tell two of a kind apart left out."""
-    kinds: Counter[str] = Counter()
-    for fd in os.listdir(f"/proc/{pid}/fd"):
-        with contextlib.suppress(FileNotFoundError):
-            kinds[os.readlink(f"/proc/{pid}/fd/{fd}").partition(":[")[0].removesuffix(" (deleted)")] += 1
-    return kinds
-
-
-def rings(pid: int) -> int:
-    """Return how many mappings of rings a process has."""
-    return Path(f"/proc/{pid}/maps").read_text().count("/memfd:kon-ring-")
 
 
 def settle(agent: Agent, before: Counter[str], mapped: int) -> None:

@@ -19,10 +19,10 @@ import pytest
 from kon_agent.cli import client
 from kon_agent.control_protocol import Op, PluginStatus, Reload, Request
 from kon_agent.errors import ControlError
-from tests.integration.test_leaks import descriptors, rings
 from tests.support import law
 from tests.support.agent import Agent
 from tests.support.faults import IS_LONG, times
+from tests.support.holdings import descriptors, rings
 from tests.support.receiver import Receiver
 from tests.support.waiting import wait_for
 

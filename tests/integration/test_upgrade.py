@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import signal
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +21,7 @@ from kon_agent.errors import ControlError
 from tests.support import law
 from tests.support.agent import Agent
 from tests.support.faults import Book
+from tests.support.holdings import descriptors
 from tests.support.netns import run
 from tests.support.receiver import Receiver
 from tests.support.waiting import wait_for
@@ -99,15 +98,6 @@ def agent(start_agent: StartAgent, code: Code) -> Agent:
 def upgrade(agent: Agent) -> Upgraded:
     """Have the agent upgraded, and wait until that is done."""
     return client.call(str(agent.socket), Request(op=Op.UPGRADE), Upgraded, UPGRADE_TIMEOUT_S)
-
-
-def descriptors(pid: int) -> Counter[str]:
-    """Return how many descriptors of each kind a process holds; numbers that tell two of a kind apart left out."""
-    kinds: Counter[str] = Counter()
-    for fd in os.listdir(f"/proc/{pid}/fd"):
-        with contextlib.suppress(FileNotFoundError):
-            kinds[os.readlink(f"/proc/{pid}/fd/{fd}").partition(":[")[0].removesuffix(" (deleted)")] += 1
-    return kinds
 
 
 def disturb(agent: Agent) -> ControlError:
