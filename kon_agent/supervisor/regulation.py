@@ -19,7 +19,8 @@ from kon_agent.lifecycle import State
 from kon_agent.linux import cgroup
 from kon_agent.linux.cgroup import Delegated
 from kon_agent.supervisor.child import Supervised
-from kon_agent.supervisor.governor import Governor, Level, Limits, Move, Step, in_mib
+from kon_agent.supervisor.governor import Governor, in_mib
+from kon_agent.supervisor.ladder import Level, Limits, Move, Step
 from kon_agent.supervisor.meter import SENDER_START_CPU_S, Account, Meter, Subject
 from kon_agent.supervisor.profiles import profile_for
 from kon_agent.supervisor.reading import Reading, Use

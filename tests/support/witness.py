@@ -23,7 +23,10 @@ class Witness:
         areas: dict[str, mmap.mmap] = {}
         for fd in sorted(map(int, os.listdir(f"/proc/{supervisor}/fd"))):
             path = f"/proc/{supervisor}/fd/{fd}"
-            name = os.readlink(path).removeprefix("/memfd:").removesuffix(" (deleted)")
+            try:
+                name = os.readlink(path).removeprefix("/memfd:").removesuffix(" (deleted)")
+            except FileNotFoundError:  # a file it has just read and closed
+                continue
             if name.startswith(("kon-ring-", "kon-tail-")):
                 with open(path, "rb") as file:
                     areas[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

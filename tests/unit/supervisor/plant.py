@@ -6,7 +6,8 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from kon_agent.clock import NS_PER_S
-from kon_agent.supervisor.governor import Governor, Limits, Move, Step
+from kon_agent.supervisor.governor import Governor
+from kon_agent.supervisor.ladder import Limits, Move, Step
 from kon_agent.supervisor.reading import Reading, Use
 
 MIB = 1 << 20

@@ -9,17 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kon_agent.clock import NS_PER_S
-from kon_agent.supervisor.governor import (
-    GRACE_S,
-    HOLD_S,
-    MAX_STEPS,
-    MEMORY_PATIENCE_S,
-    PAUSE_S,
-    Level,
-    Limits,
-    Move,
-    Step,
-)
+from kon_agent.supervisor.governor import GRACE_S, HOLD_S, MAX_STEPS, MEMORY_PATIENCE_S, PAUSE_S
+from kon_agent.supervisor.ladder import Level, Limits, Move, Step
 from tests.unit.supervisor.plant import MIB, START_NS, Plant, Plugin
 
 LIMIT = 0.02
