@@ -333,11 +333,12 @@ class Observer:
     def stats(self) -> RingStats:
         """Return the ring's terms of the conservation law.
 
-        The consumer's words are read first: what its producer adds meanwhile then shows up as still in the ring.
+        The consumer's words are read first: what its producer adds meanwhile then shows up as still in the ring. And its
+        verdict before its tally: a concluded ring's tally is the last one, which one read before would not be.
         """
+        verdict = Verdict(min(self._consumer_words[2], Verdict.FAULTED))  # one read: it may change between two
         tally = _read_tally(self._consumer)
         dropped = tally.drops()
-        verdict = Verdict(min(self._consumer_words[2], Verdict.FAULTED))  # one read: it may change between two
         passed_full = dropped.get(Drop.RING_FULL, 0)
         full = max(passed_full, min(self._words[5], _PLAUSIBLE_MAX))
         produced = max(tally.next_seq, min(self._words[4], _PLAUSIBLE_MAX))

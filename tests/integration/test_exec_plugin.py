@@ -284,9 +284,12 @@ def test_a_fork_bomb_is_bounded(install: Install, start: Start) -> None:
     bomb = "bomb() { bomb & bomb & while :; do sleep 1; done; }; bomb"
     worker = start(install(bomb, timeout=Duration(2.0), execute=["/bin/sleep"]), waits=True)
     most = 0
-    while not select.select([worker.reader], [], [], 0.05)[0]:
-        most = max(most, len(worker.others()))
-    assert 0.0 == worker.cycle()["exec_success"]
+    for _ in range(3):  # processes of the same user elsewhere on the machine can leave a run none
+        while not select.select([worker.reader], [], [], 0.05)[0]:
+            most = max(most, len(worker.others()))
+        assert 0.0 == worker.cycle()["exec_success"]
+        if most > 2:
+            break
     assert 2 < most <= PROGRAM_MAX_PROCESSES + others + 1
     wait_for(lambda: [] == worker.others(), "the bomb is gone")
 

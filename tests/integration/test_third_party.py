@@ -15,6 +15,7 @@ import pytest
 from kon_agent.control_protocol import Op, PluginStatus
 from kon_agent.linux import landlock, seccomp
 from tests.support.agent import Agent
+from tests.support.holdings import descriptors
 from tests.support.program import environment_of
 from tests.support.receiver import Receiver
 from tests.support.waiting import wait_for
@@ -379,10 +380,11 @@ def test_nothing_is_left_of_an_examination(start: Start, drop: Drop) -> None:
     agent.wait_until_running()
     agent.configure({**STEADY, "greeting": {}, "broken": {}})
     agent.control("reload")
-    fds, children = len(os.listdir(f"/proc/{agent.pid}/fd")), agent.children().keys()
+    before, children = descriptors(agent.pid), agent.children().keys()
     for _ in range(3):
         assert agent.control("reload").returncode != 0
-    assert (fds, children) == (len(os.listdir(f"/proc/{agent.pid}/fd")), agent.children().keys())
+    wait_for(lambda: not descriptors(agent.pid) - before, f"the supervisor holds no more than {dict(before)}")
+    assert children == agent.children().keys()
 
 
 def test_what_tries_a_plugin_says_what_it_collects(drop: Drop, plugin_dir: Path, folder: Path) -> None:

@@ -6,6 +6,7 @@ import struct
 
 import pytest
 
+from kon_agent import ring
 from kon_agent.errors import RingError
 from kon_agent.ring import (
     CONSUMER_BYTES,
@@ -172,3 +173,25 @@ def test_nonsense_in_the_words_stays_in_range() -> None:
     assert 0 <= stats.used_bytes <= SIZE
     assert all(0 <= n < 2**54 for n in (stats.produced, stats.in_ring, *stats.dropped.values()))
     assert 2**40 == pair.observer.pulse().missed_ticks  # summed up over many workers, it is still a number of 64 bits
+
+
+def test_a_ring_concluded_while_it_is_looked_at_loses_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last commit and the verdict may both come between an observer's reads: it sees neither, or both."""
+    pair = Pair()
+    for payload in (b"one", b"two"):
+        pair.producer.publish(payload)
+        pair.consumer.read(0)
+
+    def read_then_conclude(area: memoryview) -> Tally:
+        tally = read_tally(area)
+        pair.commit_all(pair.consumer)
+        pair.consumer.conclude(Verdict.DRAINED)
+        return tally
+
+    read_tally = ring._read_tally
+    with monkeypatch.context() as patch:
+        patch.setattr(ring, "_read_tally", read_then_conclude)
+        during = pair.observer.stats()
+    after = pair.observer.stats()
+    assert (Verdict.OPEN, 2, 0, 2) == (during.verdict, during.produced, during.acked, during.in_ring)
+    assert (Verdict.DRAINED, 2, 2, 0) == (after.verdict, after.produced, after.acked, after.in_ring)
