@@ -333,8 +333,8 @@ class Observer:
     def stats(self) -> RingStats:
         """Return the ring's terms of the conservation law.
 
-        The consumer's words are read first: what its producer adds meanwhile then shows up as still in the ring. And its
-        verdict before its tally: a concluded ring's tally is the last one, which one read before would not be.
+        The consumer's words are read first: what its producer adds meanwhile then shows up as still in the ring. And
+        its verdict before its tally: a concluded ring's tally is the last one, which one read before would not be.
         """
         verdict = Verdict(min(self._consumer_words[2], Verdict.FAULTED))  # one read: it may change between two
         tally = _read_tally(self._consumer)
