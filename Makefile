@@ -49,7 +49,8 @@ proto: $(VENV)/.installed-dev ## generate the protobuf code
 	$(BIN)/python -m grpc_tools.protoc -Iprotocol --python_out=kon_agent/wire --pyi_out=kon_agent/wire protocol/kon_agent.proto
 
 bench: $(VENV)/.installed-dev ## measure, as ratios beside something else
-	$(PYTEST) tests/bench
+	$(BIN)/python -m tests.bench.tap
+	$(BIN)/python -m tests.bench.storm
 
 tools: # what the tests call besides Python; installed where we may, else their tests are skipped
 	@missing=$$(for tool in $(TOOLS); do command -v $$tool >/dev/null || echo $$tool; done); \

@@ -241,7 +241,7 @@ def test_another_object_is_loaded_anew(agent: Agent, code: Code, network: Sequen
 
 def test_a_worker_that_dies_meanwhile(agent: Agent, code: Code, receiver: Receiver) -> None:
     """One that is killed while the new code starts is found dead by it, and replaced like any other."""
-    code.change("supervisor/main.py", TAKE_OVER, f"    os.kill(taken.plugins[0].life.pid, signal.SIGKILL)\n{TAKE_OVER}")
+    code.change("supervisor/startup.py", TAKE_OVER, f"    os.kill(taken.plugins[0].life.pid, 9)\n{TAKE_OVER}")
     result = upgrade(agent)
     plugins = {plugin.name: plugin for plugin in agent.status().plugins}
     assert ({"memory", "ebpf"}, {}) == (set(result.replaced), result.troubled)
@@ -283,7 +283,7 @@ def test_by_signal(agent: Agent, code: Code) -> None:
 
 def test_a_stop_that_comes_meanwhile_is_obeyed(agent: Agent, code: Code) -> None:
     """A SIGTERM that arrives while the new code starts is not lost."""
-    code.change("supervisor/main.py", TAKE_OVER, f"    os.kill(os.getpid(), signal.SIGTERM)\n{TAKE_OVER}")
+    code.change("supervisor/startup.py", TAKE_OVER, f"    os.kill(os.getpid(), 15)\n{TAKE_OVER}")
     agent.signal(signal.SIGUSR2)
     assert 0 == agent.wait()
     assert "stopping" in agent.log()
@@ -342,9 +342,9 @@ def test_new_code_that_is_killed_leaves_nothing(
 ) -> None:
     """Killed as soon as it runs: no process, no program attached, and what was in the rings arrives later."""
     agent.wait_for_acks(more=5)
-    good = (code.package / "supervisor/main.py").read_text()
+    good = (code.package / "supervisor/startup.py").read_text()
     code.change(
-        "supervisor/main.py",
+        "supervisor/startup.py",
         "def _take_over(",
         "def _take_over(*_: object) -> int:\n    os.kill(os.getpid(), 9)\n    return 1\n\n\ndef _former(",
     )
@@ -352,7 +352,7 @@ def test_new_code_that_is_killed_leaves_nothing(
     assert -signal.SIGKILL == agent.wait()
     wait_for(agent.is_gone, "no process of the agent is left")
     assert None is attached(network)
-    (code.package / "supervisor/main.py").write_text(good)
+    (code.package / "supervisor/startup.py").write_text(good)
     agent.start()
     agent.wait_until_running()
     agent.wait_for_acks(more=5)
