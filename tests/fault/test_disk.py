@@ -23,7 +23,7 @@ from tests.support.faults import IS_LONG, RECONNECT_DEADLINE_S, Case, times
 from tests.support.receiver import Receiver
 from tests.support.waiting import wait_for
 
-TMPFS_BYTES = 6 * 1024 * 1024
+TMPFS_BYTES = (24 if IS_LONG else 6) * 1024 * 1024  # what is spooled in all of a row's outages must not fill it
 RETRY_S = 5.0  # how often the spool tries a disk again that failed
 
 
