@@ -111,6 +111,8 @@ class Model:
         self.plugins[name] = Expected(wanted.enabled, wanted.period_s)
         self.write_file()
         assert [f"plugins.{name}"] == client.call(str(self.agent.socket), Request(op=Op.RELOAD), Reload).changed
+        state = "RUNNING" if wanted.enabled else "STOPPED"  # a reload does not wait for its workers
+        wait_for(lambda: self.agent.plugin(name).state == state, f"{name} is {state}")
 
     def kill(self, name: str) -> None:
         pid = self.agent.plugin(name).pid
