@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 BUCKET_S = 10.0  # 0.2 s of CPU at 2 %: a slow cycle or a reload passes, a busy loop does not live to its second reading
 SUSPECT_BUCKET_S = 4.0  # while a plugin is on probation: what brought it there is most likely to show again
-AIM = 0.9  # of the limit: what a step is to lead to; reckoning is not exact
+AIM = 0.8  # of the limit: what a step is to lead to; reckoning is not exact
 ROOM = 0.7  # of the limit: above that nothing is tried that may cost more
 SETTLE_S = 1.5  # after a step readings still hold the old use: a worker takes STOP_GRACE_S to end
 HOLD_S = 12.0  # between a step and the next one back up: two periods of most plugins
