@@ -91,7 +91,7 @@ class Backlog:
             self._fail_to_write(str(err), 0)
             return
         self._spool = spool
-        self._write_trouble = ""
+        self._recover()
         if not spool.is_empty():
             log.info("the spool holds %d records", sum(spool.pending.values()))
         self.publish()
@@ -129,9 +129,8 @@ class Backlog:
             return
         if self._spool is None:
             self.open(wall_s)
-            self._retry_at_ns = now_ns + int(RETRY_S * NS_PER_S)
-            if self._spool is not None:
-                log.info("the spool works again")
+            if self._spool is None:
+                self._retry_at_ns = now_ns + int(RETRY_S * NS_PER_S)
             return
         try:
             self._spool.probe()

@@ -93,3 +93,4 @@ def test_a_spool_that_could_not_be_opened_is_opened_later(place: SpoolSeat, monk
     backlog.retry(2 * RETRY_NS + 10, WALL_S)
     backlog.show(is_connected=False)
     assert SpoolMode.IDLE == mode(place)
+    assert backlog.keep([], 2 * RETRY_NS + 11, WALL_S)  # and takes records at once
