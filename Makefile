@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 TOOLS := clang llvm-strip clang-format ip tc ping strace
-PACKAGES := clang llvm clang-format iproute2 iputils-ping strace
+PACKAGES := clang llvm clang-format iproute2 libbpf1 iputils-ping strace
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
@@ -51,6 +51,8 @@ proto: $(VENV)/.installed-dev ## generate the protobuf code
 bench: $(VENV)/.installed-dev ## measure, as ratios beside something else
 	$(BIN)/python -m tests.bench.tap
 	$(BIN)/python -m tests.bench.storm
+	$(BIN)/python -m tests.bench.packet_cost
+	$(BIN)/python -m tests.bench.probe_cost
 
 tools: # what the tests call besides Python; installed where we may, else their tests are skipped
 	@missing=$$(for tool in $(TOOLS); do command -v $$tool >/dev/null || echo $$tool; done); \

@@ -18,6 +18,8 @@ _Static_assert(sizeof(__u16) == 2 && sizeof(__u32) == 4 && sizeof(__u64) == 8, "
 
 #define SEC(name) __attribute__((section(name), used))
 #define __always_inline inline __attribute__((always_inline))
+#define likely(x) __builtin_expect(!!(x), 1)
+#define unlikely(x) __builtin_expect(!!(x), 0)
 
 /* libbpf reads a map's definition from the BTF of these pointer types (libbpf, bpf_helpers.h). */
 #define __uint(name, value) int(*name)[value]
@@ -26,8 +28,10 @@ _Static_assert(sizeof(__u16) == 2 && sizeof(__u32) == 4 && sizeof(__u64) == 8, "
 
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
 #define ntohs_const(x) ((__u16)((((x)&0xff) << 8) | ((x) >> 8)))
+#define ntohs(x) __builtin_bswap16(x)
 #else
 #define ntohs_const(x) ((__u16)(x))
+#define ntohs(x) (x)
 #endif
 
 enum bpf_map_type {
@@ -87,16 +91,20 @@ struct __sk_buff {
 	__u64 tstamp;
 	__u32 wire_len;
 	__u32 gso_segs;
+	__u64 sk;
+	__u32 gso_size;
 };
 
 _Static_assert(__builtin_offsetof(struct xdp_md, ingress_ifindex) == 12, "struct xdp_md");
 _Static_assert(__builtin_offsetof(struct __sk_buff, data) == 76, "struct __sk_buff");
 _Static_assert(__builtin_offsetof(struct __sk_buff, gso_segs) == 164, "struct __sk_buff");
+_Static_assert(__builtin_offsetof(struct __sk_buff, gso_size) == 176, "struct __sk_buff");
 
 /* Helpers are called by number (enum bpf_func_id). */
 static void *(*const bpf_map_lookup_elem)(void *map, const void *key) = (void *)1;
 static __u32 (*const bpf_get_smp_processor_id)(void) = (void *)8;
 static long (*const bpf_skb_pull_data)(struct __sk_buff *skb, __u32 len) = (void *)39;
+static __u64 (*const bpf_xdp_get_buff_len)(struct xdp_md *context) = (void *)188;
 
 struct ethernet_header {
 	__u8 destination[6];
@@ -138,8 +146,29 @@ struct ipv6_extension {
 	__u16 fragment_offset;
 };
 
+struct tcp_header {
+	__u16 source;
+	__u16 destination;
+	__u32 sequence;
+	__u32 acknowledgment;
+	__u8 data_offset; /* upper half: header in words of four bytes */
+	__u8 flags;
+	__u16 window;
+	__u16 checksum;
+	__u16 urgent;
+};
+
+struct udp_header {
+	__u16 source;
+	__u16 destination;
+	__u16 length;
+	__u16 checksum;
+};
+
 _Static_assert(sizeof(struct ethernet_header) == 14, "Ethernet header");
 _Static_assert(sizeof(struct ipv4_header) == 20, "IPv4 header");
 _Static_assert(sizeof(struct ipv6_header) == 40, "IPv6 header");
+_Static_assert(sizeof(struct tcp_header) == 20, "TCP header");
+_Static_assert(sizeof(struct udp_header) == 8, "UDP header");
 
 #endif

@@ -21,7 +21,6 @@ command line: nothing here touches a socket.
 
 from __future__ import annotations
 
-import difflib
 import enum
 from collections.abc import Iterable
 from typing import TypeVar
@@ -29,6 +28,7 @@ from typing import TypeVar
 import msgspec
 
 from kon_agent.errors import ControlError
+from kon_agent.nearest import nearest
 
 DEFAULT_SOCKET = "/run/kon-agent/control.sock"
 SOCKET_ENV = "KON_AGENT_SOCKET"
@@ -408,6 +408,6 @@ def decode_response(line: bytes, result: type[T]) -> T:
 def unknown_plugin(name: str, known: Iterable[str]) -> ControlError:
     """Return the error for a plugin that does not exist, with the nearest of those that do."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else "the plugins are " + ", ".join(names)
+    near = nearest(name, names)
+    hint = f"did you mean '{near}'?" if near else "the plugins are " + ", ".join(names)
     return ControlError("unknown_plugin", f"there is no plugin '{name}'", hint)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import msgspec
 
+from kon_agent.bpf.hooks import remove_filter
 from kon_agent.bpf.layout import Interface
 
 
@@ -21,14 +22,25 @@ class Slot(msgspec.Struct, frozen=True, kw_only=True):
     ifindex: int
     name: bytes
     base: list[int] = []
+    created_ns: int = 0
 
 
 class Watched(msgspec.Struct, frozen=True, kw_only=True):
-    """A watched interface, and the links that attach it."""
+    """A watched interface.
+
+    Attributes:
+        attachment: how it is attached.
+        name: its name as the kernel has it, any bytes.
+        slot: its rows, if it has any.
+        link_fds: the links that attach it: first the way in's, then the way out's, as far as there are any.
+        has_added_qdisc: the clsact qdisc on its way out is ours.
+    """
 
     attachment: Interface
+    name: bytes = b""
     slot: Slot | None = None
     link_fds: list[int] = []
+    has_added_qdisc: bool = False
 
 
 class Counters(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,3 +70,6 @@ class Counters(msgspec.Struct, frozen=True, kw_only=True):
         """Detach everything."""
         for fd in self.descriptors():
             os.close(fd)
+        for watched in self.watched:
+            if watched.attachment.egress_mode == "clsact":
+                remove_filter(watched.attachment.ifindex, watched.has_added_qdisc)

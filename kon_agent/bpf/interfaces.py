@@ -56,6 +56,27 @@ def read(name: str, root: str = "/") -> NetInterface | None:
     return NetInterface(ifindex, name, bool(flags & IFF_UP), bool(flags & IFF_LOOPBACK), link_type in _RAW_IP_TYPES)
 
 
+def above(name: str, root: str = "/") -> list[int]:
+    """Return the devices directly above an interface (its bridge, bond, VLANs, macvlans), as far as they are in sight.
+
+    Args:
+        name: the interface.
+        root: where /sys is.
+    """
+    folder = f"{root.rstrip('/')}/sys/class/net/{name}"
+    try:
+        names = [entry.removeprefix("upper_") for entry in os.listdir(folder) if entry.startswith("upper_")]
+    except OSError:
+        return []
+    found = (read(each, root) for each in names)
+    return sorted(interface.ifindex for interface in found if interface)
+
+
+def is_bond(name: str, root: str = "/") -> bool:
+    """Return whether an interface is a bond of others (Documentation/networking/bonding.rst)."""
+    return os.path.isdir(f"{root.rstrip('/')}/sys/class/net/{name}/bonding")
+
+
 def choose(interfaces: Iterable[NetInterface], include: Sequence[str], exclude: Sequence[str]) -> list[NetInterface]:
     """Return the interfaces to watch: up, matching a pattern of `include` and none of `exclude`.
 
@@ -64,12 +85,13 @@ def choose(interfaces: Iterable[NetInterface], include: Sequence[str], exclude: 
 
     def is_wanted(interface: NetInterface) -> bool:
         patterns = [p for p in include if p != "*"] if interface.is_loopback else include
-        return interface.is_up and _matches(interface.name, patterns) and not _matches(interface.name, exclude)
+        return interface.is_up and matches(interface.name, patterns) and not matches(interface.name, exclude)
 
     return [interface for interface in interfaces if is_wanted(interface)]
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name matches one of the shell patterns."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 

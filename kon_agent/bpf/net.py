@@ -2,7 +2,7 @@
 
 Owned by the supervisor, before and while it has children:
 
-    load     pylibbpf loads the object, we take fds of our own and let it go; freeze the counters, map them
+    load     the loader loads the object; freeze the counters, map them
     attach   a slot, an entry in the kernel's interface table, then a link per direction
     detach   the links, then the entry; the slot goes to the end of the queue
 
@@ -17,58 +17,83 @@ Invariants:
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import hashlib
 import os
 import struct
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from kon_agent.bpf import handover, interfaces, layout, libbpf
-from kon_agent.bpf.layout import EgressMode, IngressMode, Interface
+from kon_agent.bpf import handover, interfaces, layout, libbpf, loader, surroundings
+from kon_agent.bpf.hooks import ASKED, BOND, FRAGS_PROGRAM, Egress, Hooks, Ingress
+from kon_agent.bpf.layout import Interface, MapCost, ProgramCost
+from kon_agent.bpf.loader import MapShape
+from kon_agent.clock import wall_ns
 from kon_agent.errors import BpfError
 from kon_agent.linux.memory import map_memory
 
-_PACKAGED = Path(__file__).parent / "objects" / "kon_net.bpf.o"  # in a wheel
-_IN_CHECKOUT = Path(__file__).parents[2] / "ebpf" / "kon_net.bpf.o"
+_OBJECT = "kon_net"
+_MAPS = ("counters", "interfaces")
 _ENTRY = struct.Struct("=IHH")  # struct kon_interface
-# Another program holds the hook (EBUSY), or the device's other XDP mode (EEXIST): leave it alone.
-_OCCUPIED = (errno.EBUSY, errno.EEXIST)
-
 Attachment = Interface
 
 
 @dataclass(slots=True)
 class _Slot:
-    """One interface's rows: whose (ifindex, name) they are or last were, and what they had counted before."""
+    """One interface's rows: whose (ifindex, name) they are or last were, what they had counted before, and since when
+    (wall clock) they count for it."""
 
     number: int
     owner: tuple[int, str] = (0, "")
     base: list[int] = field(default_factory=list)
+    created_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class _Watched:
-    attachment: Attachment
-    slot: _Slot | None = None
-    link_fds: list[int] = field(default_factory=list)
+    """One interface: its name as the kernel has it, its rows if it has any, and its hooks."""
+
+    ifindex: int
+    name: str
+    slot: _Slot | None
+    ingress: Ingress
+    egress: Egress
+
+    @property
+    def attachment(self) -> Attachment:
+        """What is told of it."""
+        ways = (self.ingress.mode, self.ingress.reason, self.egress.mode, self.egress.reason)
+        name = _printable(self.name)
+        if self.slot is None:
+            return Attachment(-1, self.ifindex, name, *ways)
+        return Attachment(self.slot.number, self.ifindex, name, *ways, self.slot.base, self.slot.created_ns)
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether at least one direction is."""
+        return self.ingress.mode != "none" or self.egress.mode != "none"
 
 
 class NetCounters:
     """The loaded object. Make one with `load`; end it with `close`."""
 
     def __init__(
-        self, library: libbpf.Library, fds: dict[str, int], counters: memoryview, cpus: int, digest: str = ""
+        self,
+        library: libbpf.Library,
+        fds: dict[str, int],
+        counters: memoryview,
+        cpus: int,
+        digest: str = "",
+        *,
+        looks_around: bool = False,
     ) -> None:
         self._library = library
         self._digest = digest
         self._fds = fds
+        self._hooks = Hooks(library, fds, looks_around=looks_around)
         self._counters = counters
         self._cpus = cpus
         self._watched: dict[int, _Watched] = {}
+        self._generic: tuple[str, ...] = ()
         # Left to right: never used, then least recently released.
         self._free = deque(_Slot(number) for number in range(layout.slots_for(cpus)))
         self._buckets = [[bytes(_ENTRY.size)] * layout.BUCKET_ENTRIES for _ in range(layout.BUCKETS)]
@@ -84,19 +109,19 @@ class NetCounters:
             BpfError: no pylibbpf for this platform, no object, or the kernel refused it: in libbpf's words.
         """
         library = libbpf.library()
-        path = object_path or _default_object()
+        path = object_path or loader.object_path(_OBJECT)
         cpus = library.possible_cpus()
         if layout.slots_for(cpus) == 0:
             raise BpfError(f"{cpus} possible CPUs are more than the counters' {layout.ROWS} rows; no interface fits")
-        fds = _load_fds(library, path)
+        loaded = loader.load(path, shapes=_shapes(cpus), optional={FRAGS_PROGRAM})
         try:
-            library.freeze(fds["counters"], "counters")
-            counters = _map_counters(fds["counters"])
-            digest = _digest(path)
+            library.freeze(loaded.maps["counters"], "counters")
+            counters = _map_counters(loaded.maps["counters"], cpus)
+            digest = loader.digest_of(path)
         except BpfError:
-            _close(fds.values())
+            loaded.close()
             raise
-        return cls(library, fds, counters, cpus, digest)
+        return cls(library, {**loaded.maps, **loaded.programs}, counters, cpus, digest, looks_around=True)
 
     @classmethod
     def adopt(cls, taken: handover.Counters, object_path: str | None = None) -> NetCounters | None:
@@ -110,18 +135,19 @@ class NetCounters:
         """
         try:
             library = libbpf.library()
-            if taken.digest != _digest(object_path or _default_object()):
+            if taken.digest != loader.digest_of(object_path or loader.object_path(_OBJECT)):
                 taken.discard()
                 return None
-            counters = _map_counters(taken.fds["counters"])
+            counters = _map_counters(taken.fds["counters"], library.possible_cpus())
         except BpfError:
             taken.discard()
             raise
-        adopted = cls(library, dict(taken.fds), counters, library.possible_cpus(), taken.digest)
+        adopted = cls(library, dict(taken.fds), counters, library.possible_cpus(), taken.digest, looks_around=True)
         adopted._watched = {each.attachment.ifindex: _watched(each) for each in taken.watched}
         adopted._free = deque(_slot(each) for each in taken.free)
         for number, bucket in taken.buckets.items():
             adopted._buckets[number] = list(bucket)
+        adopted.run(None)
         return adopted
 
     def capture(self) -> handover.Counters:
@@ -129,14 +155,7 @@ class NetCounters:
         return handover.Counters(
             digest=self._digest,
             fds=self._fds,
-            watched=[
-                handover.Watched(
-                    attachment=watched.attachment,
-                    slot=None if watched.slot is None else _captured(watched.slot),
-                    link_fds=watched.link_fds,
-                )
-                for watched in self._watched.values()
-            ],
+            watched=[_handed(watched) for watched in self._watched.values()],
             free=[_captured(slot) for slot in self._free],
             buckets={number: bucket for number, bucket in enumerate(self._buckets) if any(map(any, bucket))},
         )
@@ -152,49 +171,108 @@ class NetCounters:
 
     def map_counters(self) -> memoryview:
         """Map the counters once more, read-only, for who is to read them. Called in that child before the drop."""
-        return _map_counters(self._fds["counters"])
+        return _map_counters(self._fds["counters"], self._cpus)
 
     def attachments(self) -> list[Attachment]:
         """Return every watched interface, in the order they were attached, with how and why."""
         return [watched.attachment for watched in self._watched.values()]
 
-    def table(self) -> bytes:
-        """Return the table of interfaces as `layout.encode` writes it, to be published to the worker."""
-        return layout.encode(layout.make_table(self._cpus, self.attachments()))
+    def attachment(self, ifindex: int) -> Attachment:
+        """Return a watched interface, with how and why."""
+        return self._watched[ifindex].attachment
+
+    def table(self, programs: Sequence[ProgramCost] = (), maps: Sequence[MapCost] = ()) -> bytes:
+        """Return the table of interfaces as `layout.encode` writes it, to be published to the worker.
+
+        Args:
+            programs: what they have cost, see `selfcost`.
+            maps: what they take.
+        """
+        return layout.encode(layout.make_table(self._cpus, self.attachments(), programs, maps))
+
+    def program_fds(self) -> dict[str, int]:
+        """Return our own programs' descriptors, by name."""
+        return {name: fd for name, fd in self._fds.items() if name not in _MAPS}
+
+    @property
+    def shared_maps(self) -> dict[str, int]:
+        """The maps that other programs of the same source may share, by name."""
+        return {name: self._fds[name] for name in _MAPS}
+
+    def run(self, programs: Mapping[str, int] | None) -> None:
+        """Use these programs on every interface, now and from now on; they have our own ones' names.
+
+        Args:
+            programs: their descriptors by name; None: our own again.
+        """
+        self._hooks.run(self._fds if programs is None else programs)
+        for watched in list(self._watched.values()):
+            if not self._hooks.renew(watched.ifindex, watched.ingress, watched.egress):
+                self.attach(watched.ifindex, watched.name)
+
+    def watched(self) -> dict[int, str]:
+        """Return every watched interface: number to name, byte for byte as the kernel has it."""
+        return {ifindex: watched.name for ifindex, watched in self._watched.items()}
 
     def attach(self, ifindex: int, name: str) -> Attachment:
-        """Count an interface's packets: ingress native, else generic; egress by TCX where the kernel has it.
+        """Count an interface's packets: ingress native, else generic; egress by TCX, else by a clsact filter.
 
         A refusal is no error: that direction has mode "none" and a reason, which begins with "busy" where
         another program is in the way. An interface already watched is attached anew.
         """
         self.detach(ifindex)
         slot = self._take_slot(ifindex, name)
-        name = _printable(name)
         if slot is None:
             limit = layout.slots_for(self._cpus)
             reason = f"no free slot: {len(self._watched)} interfaces are watched, {limit} at most can be counted"
-            attachment = Attachment(-1, ifindex, name, "none", reason, "none", reason)
-            self._watched[ifindex] = _Watched(attachment)
-            return attachment
-        link_fds: list[int] = []
-        ingress = self._attach_ingress(ifindex, link_fds)
-        egress = self._attach_egress(ifindex, link_fds)
-        if link_fds:
-            attachment = Attachment(slot.number, ifindex, name, *ingress, *egress, slot.base)
-            self._watched[ifindex] = _Watched(attachment, slot, link_fds)
-        else:
-            self._release_slot(ifindex, slot)
-            attachment = Attachment(-1, ifindex, name, *ingress, *egress)
-            self._watched[ifindex] = _Watched(attachment)
-        return attachment
+            return self._keep(_Watched(ifindex, name, None, Ingress("none", reason), Egress("none", reason)))
+        ingress = self._attach_ingress(ifindex, name)
+        return self._keep(_Watched(ifindex, name, slot, ingress, self._hooks.attach_egress(ifindex, ingress)))
+
+    def restrict(self, patterns: Sequence[str]) -> None:
+        """Attach to the way in of interfaces whose name matches generically only, now and from now on."""
+        self._generic = tuple(patterns)
+        for watched in list(self._watched.values()):
+            is_asked = interfaces.matches(watched.name, self._generic)
+            reason = watched.ingress.reason
+            if watched.ingress.mode != "none" and reason != BOND and is_asked != (reason == ASKED):
+                self.attach(watched.ifindex, watched.name)
+
+    def mend(self, ifindex: int, *, is_thorough: bool) -> bool:
+        """Attach what is not attached, or no longer; return whether anything has changed.
+
+        Args:
+            ifindex: a watched interface.
+            is_thorough: try whatever is missing, not only what has a better chance than the last time.
+
+        Raises:
+            BpfError: the kernel does not say what is attached.
+        """
+        watched = self._watched[ifindex]
+        if not self._hooks.is_attached(ifindex, watched.ingress, watched.egress):
+            self.attach(ifindex, watched.name)
+            return True
+        lacks_ingress = watched.ingress.mode == "none"
+        if not (is_thorough and "none" in (watched.ingress.mode, watched.egress.mode)) and not (
+            lacks_ingress and self._hooks.has_way_cleared(ifindex, watched.ingress)
+        ):
+            return False
+        before = watched.attachment
+        if watched.slot is None:
+            return before != self.attach(ifindex, watched.name)
+        if lacks_ingress:
+            watched = replace(watched, ingress=self._attach_ingress(ifindex, watched.name))
+        if watched.egress.mode == "none":
+            watched = replace(watched, egress=self._hooks.attach_egress(ifindex, watched.ingress))
+        return before != self._keep(watched)
 
     def detach(self, ifindex: int) -> None:
         """Stop counting an interface; nothing happens where it is not watched."""
         watched = self._watched.pop(ifindex, None)
         if watched is None:
             return
-        _close(watched.link_fds)
+        watched.ingress.release()
+        watched.egress.release(ifindex)
         if watched.slot is not None:
             self._release_slot(ifindex, watched.slot)
 
@@ -205,29 +283,38 @@ class NetCounters:
         _close(self._fds.values())
         self._fds.clear()
 
-    def _attach_ingress(self, ifindex: int, link_fds: list[int]) -> tuple[IngressMode, str]:
-        program = self._fds["xdp_programs"]
-        try:
-            link_fds.append(self._library.link(program, ifindex, libbpf.BPF_XDP, libbpf.XDP_FLAGS_DRV_MODE))
-        except BpfError as native:
-            if native.errno in _OCCUPIED:
-                return "none", _reason(native)
-            # The kernel's automatic mode stops at the driver's refusal; we go on, and say so.
-            try:
-                link_fds.append(self._library.link(program, ifindex, libbpf.BPF_XDP, libbpf.XDP_FLAGS_SKB_MODE))
-            except BpfError as generic:
-                return "none", _reason(generic)
-            return "generic", _reason(native)
-        return "native", ""
+    def _keep(self, watched: _Watched) -> Attachment:
+        """Know an interface from now on; where nothing of it is counted, somebody else may have its slot."""
+        if watched.slot is not None and not watched.is_counted:
+            self._release_slot(watched.ifindex, watched.slot)
+            watched = replace(watched, slot=None)
+        self._watched[watched.ifindex] = watched
+        return watched.attachment
 
-    def _attach_egress(self, ifindex: int, link_fds: list[int]) -> tuple[EgressMode, str]:
-        try:
-            link_fds.append(self._library.link(self._fds["tc_programs"], ifindex, libbpf.BPF_TCX_EGRESS))
-        except BpfError as err:
-            if err.errno == errno.EINVAL:  # what kernels before 6.6 answer to an attach type they do not know
-                return "none", "EINVAL: TCX needs kernel 6.6"
-            return "none", _reason(err)
-        return "tcx", ""
+    def _attach_ingress(self, ifindex: int, name: str) -> Ingress:
+        """Attach to the way in. Programs go on from below upwards only: ours on the devices above make room for it."""
+        why_generic = self._why_generic(name)
+        found = self._hooks.attach_ingress(ifindex, why_generic)
+        yielding = self._attached_above(name) if found.is_blocked_above else []
+        if not yielding:
+            return found
+        for above in yielding:
+            above.ingress.release()
+        found = self._hooks.attach_ingress(ifindex, why_generic)
+        for above in yielding:
+            self._keep(replace(above, ingress=self._attach_ingress(above.ifindex, above.name)))
+        # Still blocked, by what is out of sight: do not have them yield again at every change of a link.
+        return replace(found, is_blocked_above=False)
+
+    def _why_generic(self, name: str) -> str:
+        return BOND if interfaces.is_bond(name) else ASKED if interfaces.matches(name, self._generic) else ""
+
+    def _attached_above(self, name: str) -> list[_Watched]:
+        """Return what of ours is attached right above an interface; nothing where not all of it is ours."""
+        found = [self._watched.get(above) or above for above in interfaces.above(name)]
+        ours = [each for each in found if isinstance(each, _Watched) and each.ingress.fd >= 0]
+        others = [each if isinstance(each, int) else each.ifindex for each in found if each not in ours]
+        return [] if any(map(surroundings.xdp_occupant, others)) else ours
 
     def _take_slot(self, ifindex: int, name: str) -> _Slot | None:
         """Give the interface a slot, and an entry in the kernel's table before its first packet."""
@@ -238,7 +325,7 @@ class NetCounters:
             slot = self._free.popleft()
             if slot.owner != (0, ""):
                 slot.base = layout.read_sums(self._counters, slot.number, self._cpus)
-            slot.owner = (ifindex, name)
+            slot.owner, slot.created_ns = (ifindex, name), wall_ns()
         else:
             return None
         interface = interfaces.read(name)
@@ -267,81 +354,49 @@ class NetCounters:
 
 def _captured(slot: _Slot) -> handover.Slot:
     ifindex, name = slot.owner
-    return handover.Slot(number=slot.number, ifindex=ifindex, name=os.fsencode(name), base=slot.base)
+    return handover.Slot(
+        number=slot.number, ifindex=ifindex, name=os.fsencode(name), base=slot.base, created_ns=slot.created_ns
+    )
 
 
 def _slot(taken: handover.Slot) -> _Slot:
-    return _Slot(taken.number, (taken.ifindex, os.fsdecode(taken.name)), taken.base)
+    return _Slot(taken.number, (taken.ifindex, os.fsdecode(taken.name)), taken.base, taken.created_ns)
+
+
+def _handed(watched: _Watched) -> handover.Watched:
+    return handover.Watched(
+        attachment=watched.attachment,
+        name=os.fsencode(watched.name),
+        slot=None if watched.slot is None else _captured(watched.slot),
+        link_fds=[fd for fd in (watched.ingress.fd, watched.egress.fd) if fd >= 0],
+        has_added_qdisc=watched.egress.has_added_qdisc,
+    )
 
 
 def _watched(taken: handover.Watched) -> _Watched:
-    return _Watched(taken.attachment, None if taken.slot is None else _slot(taken.slot), taken.link_fds)
+    told = taken.attachment
+    fds = iter(taken.link_fds)
+    ingress = Ingress(told.ingress_mode, told.ingress_reason, -1 if told.ingress_mode == "none" else next(fds))
+    egress_fd = next(fds) if told.egress_mode == "tcx" else -1
+    egress = Egress(told.egress_mode, told.egress_reason, egress_fd, taken.has_added_qdisc)
+    slot = None if taken.slot is None else _slot(taken.slot)
+    return _Watched(told.ifindex, os.fsdecode(taken.name), slot, ingress, egress)
 
 
-def _digest(path: str) -> str:
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError as err:
-        raise BpfError(f"cannot read BPF object {path}: {err}", err.errno or 0) from err
-
-
-def _default_object() -> str:
-    for path in (_PACKAGED, _IN_CHECKOUT):
-        if path.is_file():
-            return str(path)
-    raise BpfError(f"no BPF object at {_PACKAGED} or {_IN_CHECKOUT}; reinstall kon-agent, or run `make -C ebpf`")
-
-
-def _load_fds(library: libbpf.Library, path: str) -> dict[str, int]:
-    """Load an object through pylibbpf; return fds of our own: its maps', and each program's."""
-    module = libbpf.pylibbpf_module()
-    sizes = {
-        "counters": (layout.ROW_BYTES, layout.ROWS),
-        "interfaces": (layout.BUCKET_BYTES, layout.BUCKETS),
-        "xdp_programs": (4, 1),
-        "tc_programs": (4, 1),
+def _shapes(cpus: int) -> dict[str, MapShape]:
+    return {
+        "counters": MapShape(layout.ROW_BYTES, layout.slots_for(cpus) * cpus, is_sized=True),
+        "interfaces": MapShape(layout.BUCKET_BYTES, layout.BUCKETS),
     }
-    fds: dict[str, int] = {}
-    with library.captured_log() as log:
-        try:
-            loaded = module.BpfObject(path)
-            loaded.load()
-            for name, size in sizes.items():
-                bpf_map = loaded.get_map(name)
-                if size != (found := (bpf_map.get_value_size(), bpf_map.get_max_entries())):
-                    raise BpfError(
-                        f"map {name} of {path} has value size and entries {found}, this version of kon-agent "
-                        f"expects {size}; rebuild the object with `make -C ebpf`"
-                    )
-                if name.endswith("_programs"):
-                    fds[name] = library.program_fd(bpf_map.get_fd(), name)
-                else:
-                    fds[name] = fcntl.fcntl(bpf_map.get_fd(), fcntl.F_DUPFD_CLOEXEC, 3)
-        except BpfError:
-            _close(fds.values())
-            raise
-        except module.BpfException as err:
-            _close(fds.values())
-            raise _load_error(path, str(err), log) from err
-    return fds
 
 
-def _load_error(path: str, message: str, log: libbpf.Log) -> BpfError:
-    # pylibbpf ends its message with strerror(3)'s text and keeps no number.
-    text = message.rpartition(": ")[2]
-    number = next((number for number in errno.errorcode if os.strerror(number) == text), 0)
-    advice = "; run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON" if number == errno.EPERM else ""
-    said = log.useful_lines() or text  # the text alone is "Unknown error 4001" for libbpf's own numbers
-    return BpfError(f"cannot load BPF object {path}: {said}{advice}", number)
-
-
-def _map_counters(fd: int) -> memoryview:
+def _map_counters(fd: int, cpus: int) -> memoryview:
     """Map the frozen counters for reading, by this process alone.
 
     Never unmapped: readers may outlive the object they came from.
     """
     try:
-        return map_memory(fd, layout.COUNTERS_BYTES, writable=False, inherit=False)
+        return map_memory(fd, layout.counters_bytes(cpus), writable=False, inherit=False)
     except OSError as err:
         raise BpfError(f"cannot map the counters: {err}", err.errno or 0) from err
 
@@ -349,12 +404,6 @@ def _map_counters(fd: int) -> memoryview:
 def _printable(name: str) -> str:
     # The kernel allows any byte but NUL, slash, colon and space (dev_valid_name); a label must be UTF-8.
     return name.encode(errors="backslashreplace").decode()
-
-
-def _reason(err: BpfError) -> str:
-    text = libbpf.errno_text(err.errno)
-    busy = "busy: another program is attached, " if err.errno in _OCCUPIED else ""
-    return (busy + text)[: layout.MAX_REASON_CHARS]
 
 
 def _close(fds: Iterable[int]) -> None:

@@ -47,8 +47,6 @@ QUERY_TIMEOUT_S = 10.0
 PLUGINS = ("cpu", "memory", "disk", "ebpf", "agent")
 """The built-in plugins in the order in which they are shown."""
 
-NEEDS_ROOT = frozenset({"ebpf"})
-
 
 class Record(msgspec.Struct, frozen=True):
     """What the demo needs of a line of `kon-receiver query --json`; JSON has no NaN, so that is None there."""
@@ -90,20 +88,18 @@ def run(folder: Path | None, seconds: float | None) -> int:
     """
     with _private(folder) as where, _stop_signals() as wakeup_fd:
         place = Place(where, _free_port())
-        plugins = [name for name in PLUGINS if name not in NEEDS_ROOT or os.geteuid() == 0]
-        _prepare(place, plugins)
-        _introduce(place, plugins)
+        _prepare(place)
+        _introduce(place)
         with (  # left in reverse: agent, receiver
             _running("receiver", _receiver_command(place)) as receiver,
             _running("agent", _agent_command(place)) as agent,
         ):
-            return _watch(place, plugins, {"receiver": receiver, "agent": agent}, wakeup_fd, seconds)
+            return _watch(place, {"receiver": receiver, "agent": agent}, wakeup_fd, seconds)
 
 
-def agent_yaml(place: Place, agent_id: str, plugins: Iterable[str]) -> str:
-    """Return the agent's configuration: `plugins` every PERIOD, the others off, all files in the place."""
-    is_on = {name: "true" if name in plugins else "false" for name in PLUGINS}
-    sections = "".join(f"  {name}: {{enable: {is_on[name]}, period: {PERIOD}}}\n" for name in PLUGINS)
+def agent_yaml(place: Place, agent_id: str) -> str:
+    """Return the agent's configuration: PLUGINS every PERIOD, all files in the place."""
+    sections = "".join(f"  {name}: {{enable: true, period: {PERIOD}}}\n" for name in PLUGINS)
     return (
         f'server: "quic://127.0.0.1:{place.port}"\n'
         f'client-id: "{agent_id}"\n'
@@ -127,21 +123,20 @@ def latest(records: Iterable[Record]) -> dict[str, dict[str, list[Record]]]:
     return found
 
 
-def _prepare(place: Place, plugins: Sequence[str]) -> None:
+def _prepare(place: Place) -> None:
     host = socket.gethostname()
     agent_id = f"{host}-agent" if host in pki.RESERVED else host
     if not (place.folder / "ca.pem").exists():
         pki.init(place.folder, [])
     if not (place.folder / f"{agent_id}.pem").exists():
         pki.agent(place.folder, agent_id)
-    place.config.write_text(agent_yaml(place, agent_id, plugins))
+    place.config.write_text(agent_yaml(place, agent_id))
 
 
-def _introduce(place: Place, plugins: Sequence[str]) -> None:
+def _introduce(place: Place) -> None:
     _say(f"everything is in {place.folder}")
-    left_out = [name for name in PLUGINS if name not in plugins]
-    if left_out:
-        _say(f"not root: {', '.join(left_out)} is left out, everything else runs")
+    if os.geteuid() != 0:
+        _say("not root: packets are counted as far as procfs does, not by BPF")
     _say("in another terminal:")
     click.echo(f"    {SOCKET_ENV}={place.control} kon-agent plugins list")
     click.echo(f"    {SOCKET_ENV}={place.control} kon-agent status")
@@ -151,14 +146,13 @@ def _introduce(place: Place, plugins: Sequence[str]) -> None:
 
 def _watch(
     place: Place,
-    plugins: Sequence[str],
     processes: dict[str, subprocess.Popen[bytes]],
     wakeup_fd: int,
     seconds: float | None,
 ) -> int:
     """Show the first records, then wait for the end: a signal, a death, or the time."""
     started = time.monotonic()
-    missing: list[str] = list(plugins)
+    missing: list[str] = list(PLUGINS)
     is_shown = False
     while not _has_byte(wakeup_fd, POLL_S):
         for name, process in processes.items():
@@ -168,7 +162,7 @@ def _watch(
         elapsed = time.monotonic() - started
         if missing and not (is_shown and seconds is None):
             found = latest(_query(place))
-            missing = [name for name in plugins if name not in found]
+            missing = [name for name in PLUGINS if name not in found]
             if not is_shown and (not missing or elapsed > FIRST_RECORDS_S):
                 is_shown = True
                 _show(found, missing)
@@ -195,7 +189,7 @@ def _show(found: dict[str, dict[str, list[Record]]], missing: Sequence[str]) -> 
 
 def _query(place: Place) -> list[Record]:
     """Return what is stored; nothing while there is no store yet."""
-    command = [sys.executable, "-m", "kon_agent.cli.receiver", "query", "--json"]
+    command = [sys.executable, "-P", "-m", "kon_agent.cli.receiver", "query", "--json"]
     command += ["--store", str(place.store), "--limit", str(QUERY_LIMIT)]
     with contextlib.suppress(subprocess.TimeoutExpired):
         done = subprocess.run(command, capture_output=True, timeout=QUERY_TIMEOUT_S, check=False)
@@ -205,14 +199,14 @@ def _query(place: Place) -> list[Record]:
 
 def _receiver_command(place: Place) -> list[str]:
     folder = place.folder
-    command = [sys.executable, "-m", "kon_agent.cli.receiver", "run", "-v"]
+    command = [sys.executable, "-P", "-m", "kon_agent.cli.receiver", "run", "-v"]
     command += ["--listen", f"127.0.0.1:{place.port}", "--store", str(place.store)]
     command += ["--cert", str(folder / "server.pem"), "--key", str(folder / "server.key")]
     return [*command, "--client-ca", str(folder / "ca.pem")]
 
 
 def _agent_command(place: Place) -> list[str]:
-    return [sys.executable, "-m", "kon_agent.cli.agent", "run", "-c", str(place.config)]
+    return [sys.executable, "-P", "-m", "kon_agent.cli.agent", "run", "-c", str(place.config)]
 
 
 @contextlib.contextmanager

@@ -8,10 +8,10 @@ What the supervisor would grant a plugin is made here for the moment, and gone w
 from __future__ import annotations
 
 import contextlib
-import errno
 import importlib
 import os
 import select
+import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -22,12 +22,14 @@ import msgspec
 
 from kon_agent import clock
 from kon_agent.bpf import interfaces, layout
+from kon_agent.bpf.origin import Origin
+from kon_agent.bpf.probes import PROBES
 from kon_agent.catalog import Catalog
 from kon_agent.config.naming import canonical
 from kon_agent.config.schema import Config, EbpfConfig, ExecConfig, ForeignConfig
 from kon_agent.config.section import parse_section
 from kon_agent.control_protocol import unknown_plugin
-from kon_agent.errors import BpfError, ControlError, NoData, PluginError, PrivilegeError
+from kon_agent.errors import BpfError, ControlError, NoData, PluginError
 from kon_agent.examination import examine, source_of
 from kon_agent.inquiry import Question, ask, children_user
 from kon_agent.metric import Metric
@@ -190,37 +192,41 @@ def _grants(name: str, config: Config) -> Iterator[Mapping[str, memoryview]]:
             "the plugin 'agent' reports on a running agent; a trial runs without one",
             "see 'kon-agent status', or its stored records with 'kon-receiver query --plugin agent'",
         )
+    with contextlib.ExitStack() as stack:
+        try:
+            grants = _measuring(name, config, stack)
+        except BpfError as err:
+            from kon_agent.supervisor.instruments import story_of
+
+            print(f"{name}: reads procfs instead of BPF: {story_of(err)}", file=sys.stderr)
+            grants = Origin.without_bpf(story_of(err)).grant()
+        yield grants
+
+
+def _measuring(name: str, config: Config, stack: contextlib.ExitStack) -> Mapping[str, memoryview]:
+    """Return what BPF programs count from now on, until `stack` is closed."""
+    if name in PROBES:
+        from kon_agent.bpf.probe import Probe
+
+        probe = Probe.load(PROBES[name], config.plugins.by_name()[name])
+        stack.callback(probe.close)
+        return probe.grants()
     if name == "ebpf":
-        with _counting(config.plugins.ebpf) as grants:
-            yield grants
-    else:
-        yield {}
+        return _counting(config.plugins.ebpf, stack)
+    return {}
 
 
-@contextlib.contextmanager
-def _counting(config: EbpfConfig) -> Iterator[Mapping[str, memoryview]]:
-    """Count the packets of the chosen interfaces for as long as the context is open."""
+def _counting(config: EbpfConfig, stack: contextlib.ExitStack) -> Mapping[str, memoryview]:
+    """Count the packets of the chosen interfaces."""
     from kon_agent.bpf.net import NetCounters
 
-    chosen = interfaces.choose(interfaces.scan(), config.interfaces, config.exclude)
-    if not chosen:
-        raise NoData("no interface that is up matches plugins.ebpf.interfaces")
-    try:
-        counters = NetCounters.load()
-    except BpfError as err:
-        if err.errno == errno.EPERM:
-            raise PrivilegeError("loading a BPF program needs root; use sudo") from err
-        raise
-    try:
-        attached = [counters.attach(interface.ifindex, interface.name) for interface in chosen]
-        if all(interface.slot < 0 for interface in attached):
-            reasons = "; ".join(f"{interface.name}: {interface.ingress_reason}" for interface in attached)
-            raise BpfError(f"no interface can be counted: {reasons}")
-        page = memoryview(bytearray(page_size(layout.TABLE_BYTES)))
-        PageWriter(page).publish(counters.table())
-        yield {"counters": counters.counters(), "interfaces": page.toreadonly()}
-    finally:
-        counters.close()
+    counters = NetCounters.load()
+    stack.callback(counters.close)
+    for interface in interfaces.choose(interfaces.scan(), config.interfaces, config.exclude):
+        counters.attach(interface.ifindex, interface.name)
+    page = memoryview(bytearray(page_size(layout.TABLE_BYTES)))
+    PageWriter(page).publish(counters.table())
+    return {"counters": counters.counters(), "interfaces": page.toreadonly(), **Origin("bpf").grant()}
 
 
 def _nothing() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 import msgspec
 
-MAX_SUGGEST_CHARS = 64  # nobody mistypes a longer word, and difflib takes quadratic time
+from kon_agent.nearest import nearest
+
 MAX_SHOWN_CHARS = 60  # of one value; so that a mistake stays one readable line
 MAX_LINE_CHARS = 8192  # a longest path, a long message; a key or an anchor may be as long as the file
 
@@ -46,10 +46,8 @@ class Mistake(msgspec.Struct, frozen=True):
 
 def suggestion(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for the known word nearest to `word`, or nothing where none is near."""
-    if len(word) > MAX_SUGGEST_CHARS:
-        return ""
-    near = difflib.get_close_matches(word.lower(), list(known), n=1)
-    return f"; did you mean '{near[0]}'?" if near else ""
+    near = nearest(word, known)
+    return f"; did you mean '{near}'?" if near else ""
 
 
 def shown(value: object) -> str:

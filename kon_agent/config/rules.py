@@ -19,6 +19,7 @@ from kon_agent.config.schema import (
     ControlConfig,
     Duration,
     ExecConfig,
+    FlowsConfig,
     PluginConfig,
     PluginsConfig,
     Share,
@@ -32,6 +33,8 @@ MIN_RING_BYTES = 16 * 1024  # a few of the largest records
 MAX_RING_BYTES = 64 * 1024 * 1024  # memory that is pinned for as long as the plugin is enabled
 MIN_BATCH_BYTES = 8 * 1024  # the largest record (one page) and what frames it fit
 MAX_BATCH_BYTES = 512 * 1024  # with its headers it must fit a frame of 1 MiB
+MIN_FLOW_MEMORY_BYTES = 128 * 1024  # below, not even a bucket per CPU fits where there may be 200
+MAX_FLOW_MEMORY_BYTES = 64 * 1024 * 1024  # the worker reads all of it each period: some 15 ms per 4 MiB, all active
 MAX_SOCKET_PATH_BYTES = 107  # sun_path holds 108 with its NUL (unix(7))
 
 NO_KEYS = {(PluginsConfig, "instances")}
@@ -89,6 +92,12 @@ def _batch_bytes(value: Size) -> str | None:
     return f"must be from {format_size(MIN_BATCH_BYTES)} to {format_size(MAX_BATCH_BYTES)}"
 
 
+def _flow_memory(value: Size) -> str | None:
+    if MIN_FLOW_MEMORY_BYTES <= value <= MAX_FLOW_MEMORY_BYTES:
+        return None
+    return f"must be from {format_size(MIN_FLOW_MEMORY_BYTES)} to {format_size(MAX_FLOW_MEMORY_BYTES)}"
+
+
 def _server(value: str | list[str]) -> str | None:
     if isinstance(value, list):
         return None if value else "is an empty list; name at least one quic://host:port"
@@ -130,6 +139,7 @@ _RULES: dict[tuple[type, str], Rule] = {
     (PluginConfig, "ring_size"): _ring_size,
     (BatchConfig, "max_bytes"): _batch_bytes,
     (ControlConfig, "socket"): _socket,
+    (FlowsConfig, "memory"): _flow_memory,
     (ExecConfig, "command"): _command,
     (ExecConfig, "execute"): _absolute,
     (ExecConfig, "read"): _absolute,

@@ -50,6 +50,11 @@ BUILTIN = {
     "cgroup": "kon_agent.plugins.cgroup:Cgroup",
     "filesystem": "kon_agent.plugins.filesystem:Filesystem",
     "time": "kon_agent.plugins.time:Time",
+    "flows": "kon_agent.plugins.flows:Flows",
+    "tcp": "kon_agent.plugins.tcp:Tcp",
+    "drops": "kon_agent.plugins.drops:Drops",
+    "runqlat": "kon_agent.plugins.runqlat:Runqlat",
+    "biolat": "kon_agent.plugins.biolat:Biolat",
     "exec": "kon_agent.plugins.exec:Exec",
 }
 """Plugin name to `module:Class`."""

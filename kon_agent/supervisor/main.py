@@ -13,10 +13,11 @@ import logging
 import os
 import selectors
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 from kon_agent import __version__, clock, logs, telemetry
 from kon_agent.bpf.handover import Counters
+from kon_agent.bpf.probes import PROBES
 from kon_agent.clock import NS_PER_S
 from kon_agent.config.naming import canonical
 from kon_agent.config.schema import Config, ForeignConfig, PluginConfig
@@ -32,13 +33,14 @@ from kon_agent.supervisor import preload as _preload  # noqa: F401 - for its pag
 from kon_agent.supervisor.child import Supervised
 from kon_agent.supervisor.control import ControlServer
 from kon_agent.supervisor.courier import Courier, Parts
-from kon_agent.supervisor.network import NetworkWatch
+from kon_agent.supervisor.instruments import Instrument, Published, Tracing
+from kon_agent.supervisor.network import Counting, Flowing, NetworkWatch
 from kon_agent.supervisor.regulation import Regulation, own_group
 from kon_agent.supervisor.renewal import Renewal
 from kon_agent.supervisor.requests import Requests
 from kon_agent.supervisor.sharedpage import SharedPage
 from kon_agent.supervisor.sharedring import SharedRing
-from kon_agent.supervisor.unit import Grants, Surroundings, Unit
+from kon_agent.supervisor.unit import Surroundings, Unit
 from kon_agent.supervisor.upgrade import Succession
 
 log = logging.getLogger(__name__)
@@ -72,12 +74,12 @@ class Supervisor:
         self._succession = Succession(self, _SIGNALS)
         self.started_ns = taken.started_ns if taken else clock.now_ns()
         self.regulation = Regulation(config.limits, clock.now_ns(), own_group())
-        self.network = NetworkWatch(config.plugins.ebpf)
         self.units: dict[str, Unit] = {}
         self.slots = Slots([*(taken.slots if taken else ()), *config.plugins.by_name()])
         self._leaving: list[Unit] = []  # removed, and not gone yet
         self._phase = Phase.RUNNING
         self._selector = selectors.DefaultSelector()
+        self.network = NetworkWatch(config.plugins.ebpf, self, self._selector, self._instruments)
         self._signal_fds = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._doorbell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._telemetry = SharedPage("kon-telemetry", telemetry.MAX_TELEMETRY_BYTES)
@@ -99,8 +101,8 @@ class Supervisor:
 
     def _user(self) -> privileges.User | None:
         if os.getuid() != 0:
-            self.warn("started without root: the ebpf plugin is left out (it needs CAP_BPF, CAP_NET_ADMIN and "
-                      "CAP_PERFMON) and all processes run as this user; start it with sudo to have both")  # fmt: skip
+            self.warn("started without root: all processes run as this user, and what needs CAP_BPF, CAP_NET_ADMIN and "
+                      "CAP_PERFMON is read from procfs; start it with sudo to have both")  # fmt: skip
             return None
         if lacking := privileges.current_privileges().missing("CAP_SETUID", "CAP_SETGID", "CAP_KILL"):
             raise PrivilegeError(f"{', '.join(lacking)} is missing: workers of another user could not be made or ended")
@@ -144,10 +146,10 @@ class Supervisor:
         self._control = ControlServer(self.config.control, self._selector, Requests(self).handle, listener_fd)
         if taken is None:
             self.courier.claim_spool()
-        self._open_network(taken.counters if taken else None)
+        if taken is not None and taken.counters is not None:
+            self._take_over_network(taken.counters)
         for name, section in self.config.plugins.by_name().items():
             self.add_unit(name, section)
-        self.units["ebpf"].obstacle = self.network.obstacle
         if taken is not None:
             self._adopt(taken, self._control)
         self._selector.register(self._signal_fds[0], selectors.EVENT_READ, lambda: None)
@@ -174,7 +176,7 @@ class Supervisor:
         self.courier.adopt(taken.sender)
         for process in self._processes():
             self._watch(process)
-        renewal = Renewal(taken, self.courier, self.units, self.network.origin, now_ns)
+        renewal = Renewal(taken, self.courier, self.units, self.network.inheritance, now_ns)
         if taken.asking_fd is not None:
             control.adopt(taken.asking_fd, renewal.outcome)
         for connection in taken.connections:
@@ -185,7 +187,7 @@ class Supervisor:
 
     def _see_off(self, plugin: handover.Plugin, now_ns: int) -> None:
         """Take a plugin over that is configured no longer, or as another one, and let it go."""
-        unit = Unit(plugin.name, "", PluginConfig(enable=False), self._around, dict)
+        unit = Unit(plugin.name, "", PluginConfig(enable=False), self._around)
         unit.adopt(plugin)
         unit.is_wanted = False
         unit.stop(now_ns)
@@ -237,7 +239,7 @@ class Supervisor:
         self.slots.give(name)
         kind = canonical(section.type or name)
         target = section.origin.target if isinstance(section, ForeignConfig) else BUILTIN[kind]
-        unit = self.units[name] = Unit(name, target, section, self._around, self._grants(kind))
+        unit = self.units[name] = Unit(name, target, section, self._around, self._instrument(kind))
         if unit.obstacle:
             log.warning("%s is left out: %s", name, unit.obstacle)
 
@@ -253,26 +255,26 @@ class Supervisor:
             self._leaving.remove(unit)
             unit.release()
 
-    def _open_network(self, taken: Counters | None) -> None:
-        if taken is not None and not self.config.plugins.ebpf.enable:
+    def _take_over_network(self, taken: Counters) -> None:
+        sections = self.config.plugins.by_name()
+        if plugins := [name for name in ("ebpf", "flows") if sections[name].enable]:
+            self.network.take_over(taken, plugins)
+        else:
             taken.discard()
-        if os.getuid() != 0 and not privileges.current_privileges().effective:
-            self.network.obstacle = "needs root, or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON"
-            return
-        if not self.config.plugins.ebpf.enable:
-            self.network.obstacle = "was disabled when the agent started; enabling it takes a restart of the agent"
-            return
-        self.network.open(taken)
-        if self.network.obstacle:
-            self.warn(f"ebpf: {self.network.obstacle}")
-        if self.network.monitor is not None:
-            self._selector.register(self.network.monitor, selectors.EVENT_READ, self.network.on_change)
 
-    def _grants(self, plugin: str) -> Grants:
-        def telemetry_page() -> Mapping[str, memoryview]:
-            return {"telemetry": self._telemetry.map_readonly()}
+    def _instruments(self) -> list[Instrument]:
+        return [unit.instrument for unit in self._all_units()]
 
-        return {"ebpf": self.network.grants, "agent": telemetry_page}.get(plugin, dict)
+    def _instrument(self, plugin: str) -> Instrument:
+        if plugin in PROBES:
+            return Tracing(plugin, PROBES[plugin], self)
+        if plugin == "ebpf":
+            return Counting(self.network)
+        if plugin == "flows":
+            return Flowing(self.network, self)
+        if plugin == "agent":
+            return Published("telemetry", self._telemetry)
+        return Instrument()
 
     def run(self) -> int:
         """Supervise until every process has ended."""
@@ -283,7 +285,9 @@ class Supervisor:
             now_ns = clock.now_ns()
             self._reap(now_ns)
             self._spawn_due(now_ns)
+            now_ns = clock.now_ns()  # what a plugin needs of the kernel takes a while to load; its worker beats by now
             self._look(now_ns)
+            self.network.tick(now_ns)
             self.regulation.tick(self.units, self._leaving, self.courier, now_ns)
             self._publish_telemetry(now_ns)
             self._serve_control(now_ns)
@@ -309,6 +313,7 @@ class Supervisor:
         timeout_s = min(STARTING_INTERVAL_S if restless else LOOK_INTERVAL_S, self._succession.interval_s)
         if self.regulation.due_ns > now_ns:
             deadlines.append(self.regulation.due_ns)
+        deadlines.append(self.network.due_ns)
         if deadlines:
             timeout_s = min(timeout_s, max(0.0, (min(deadlines) - now_ns) / NS_PER_S))
         for key, _ in self._selector.select(timeout_s):

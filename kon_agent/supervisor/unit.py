@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import signal
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kon_agent.clock import NS_PER_S
@@ -26,6 +26,7 @@ from kon_agent.spec import ORDERS_BYTES, WorkerSpec, encode_orders
 from kon_agent.stderrpipe import StderrPipe
 from kon_agent.supervisor import handover
 from kon_agent.supervisor.child import Supervised
+from kon_agent.supervisor.instruments import Instrument
 from kon_agent.supervisor.pace import Pace
 from kon_agent.supervisor.profiles import profile_for
 from kon_agent.supervisor.sharedpage import SharedPage
@@ -36,9 +37,6 @@ STOP_GRACE_S = 0.4  # "disable" promises an end within 500 ms; a killed worker l
 START_PATIENCE_S = 15.0  # imports on a slow SD card, and the first cycle
 MIN_DEADLINE_S = 5.0
 STEER = signal.SIGUSR1  # look at your orders: they have changed
-
-Grants = Callable[[], Mapping[str, memoryview]]
-"""Maps a plugin's shared memory; called in its worker before the drop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +81,16 @@ class Unit(Supervised):
         target: its collector, `module:Class`.
         config: its section.
         surroundings: what all workers share.
-        grants: what it may read besides the kernel's files.
+        instrument: what it reads besides the kernel's files.
     """
 
     def __init__(
-        self, plugin: str, target: str, config: PluginConfig, surroundings: Surroundings, grants: Grants
+        self,
+        plugin: str,
+        target: str,
+        config: PluginConfig,
+        surroundings: Surroundings,
+        instrument: Instrument | None = None,
     ) -> None:
         super().__init__(f"worker {plugin}", STOP_GRACE_S)
         self.plugin = plugin
@@ -98,7 +101,7 @@ class Unit(Supervised):
         self.is_wanted = config.enable
         self.ring: SharedRing | None = None
         self._around = surroundings
-        self._grants = grants
+        self._instrument = instrument or Instrument()
         self._waiting: list[SharedRing] = []
         self._totals: Counter[str] = Counter()
         self._missed_before = 0
@@ -129,6 +132,11 @@ class Unit(Supervised):
         if isinstance(self.config, ForeignConfig):
             self.obstacle = self.config.obstacle
 
+    @property
+    def instrument(self) -> Instrument:
+        """What it reads besides the kernel's files."""
+        return self._instrument
+
     def set_period(self, period_s: float) -> None:
         """Change the period, without a new worker."""
         self._period_s = period_s
@@ -148,6 +156,12 @@ class Unit(Supervised):
     def resume(self) -> None:
         """Let it run again, if that is wanted."""
         self.pause_reason = ""
+
+    def stop(self, now_ns: int) -> None:
+        """Make its worker end; where there is none, as it has failed or waits, its instrument is let go if unwanted."""
+        super().stop(now_ns)
+        if self.child is None and not self.is_wanted:
+            self._instrument.close()
 
     def _write_orders(self) -> None:
         self._orders.writer.publish(encode_orders(int(self.period_s * NS_PER_S)))
@@ -175,6 +189,7 @@ class Unit(Supervised):
             ring.release()
         self._close_stderr()
         self._orders.release()
+        self._instrument.close()
 
     def capture(self) -> handover.Plugin:
         """Return what the code that takes our place needs to go on with it."""
@@ -236,6 +251,7 @@ class Unit(Supervised):
         return len(self._waiting) >= MAX_WAITING_RINGS
 
     def _spawn(self, now_ns: int) -> Child:
+        self._instrument.open(self.config)
         ring = self.ring = SharedRing(self._around.next_ring_number(), self.plugin, self.config.ring_size)
         self._around.announce(ring)
         role = Role(
@@ -261,7 +277,7 @@ class Unit(Supervised):
                 config=self.config,
                 producer=producer,
                 doorbell=self._around.doorbell,
-                grants=self._grants(),
+                grants=self._instrument.grants(),
                 log=self.log,
                 orders=PageReader(self._orders.map_readonly()),
             )
@@ -305,6 +321,8 @@ class Unit(Supervised):
 
     def _on_gone(self) -> None:
         self._close_stderr()
+        if not self.is_wanted:
+            self._instrument.close()
         if self.ring is not None:
             self._missed_before += self.pulse().missed_ticks
             self.ring.is_closed = True

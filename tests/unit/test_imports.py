@@ -24,7 +24,7 @@ ROOT = Path(kon_agent.__file__).parent
 LAYERS: tuple[set[str], ...] = (
     {  # leaf nouns
         *("", "backoff", "breaker", "catalog", "clock", "errors", "importpath", "lifecycle", "linkreport", "linux"),
-        *("logs", "metric", "page", "ranges", "ring", "schedule", "spoolreport", "stderrpipe", "tapping"),
+        *("logs", "metric", "nearest", "page", "ranges", "ring", "schedule", "spoolreport", "stderrpipe", "tapping"),
     },
     {  # adapters: to the kernel, the disk, the wire, the user's files, the other processes
         *("bpf", "channel", "config", "control_protocol", "credentials", "inquiry", "process", "spool", "telemetry"),
@@ -33,6 +33,7 @@ LAYERS: tuple[set[str], ...] = (
     {"examination", "plugins", "spec"},
     {"examinee", "receiver", "sender", "worker"},  # process bodies and their parts
     {"supervisor"},
+    {"doctor"},
     {"cli"},
 )
 """The parts of kon_agent from the ground up; each imports from its own layer and those below."""

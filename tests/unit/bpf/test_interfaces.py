@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kon_agent.bpf.interfaces import NetInterface, choose, read, scan
+from kon_agent.bpf.interfaces import NetInterface, above, choose, is_bond, read, scan
 
 LO = NetInterface(1, "lo", is_up=True, is_loopback=True)
 ETH0 = NetInterface(2, "eth0", is_up=True, is_loopback=False)
@@ -47,6 +47,20 @@ def test_an_interface_vanishing_while_read_is_left_out(sysfs: Path) -> None:
 def test_no_sysfs_is_no_interface(tmp_path: Path) -> None:
     """A container without /sys has nothing to watch, and no error."""
     assert [] == scan(str(tmp_path))
+
+
+def test_devices_above(sysfs: Path) -> None:
+    """Those the kernel links to by name, as far as they are to be seen; none where the interface is gone."""
+    for name in ("upper_wg0", "upper_eth0", "upper_elsewhere", "lower_eth1"):
+        (sysfs / "sys/class/net/eth1" / name).mkdir()
+    assert [ETH0.ifindex, WG0.ifindex] == above("eth1", str(sysfs))
+    assert [] == above("gone", str(sysfs))
+
+
+def test_a_bond(sysfs: Path) -> None:
+    """It has settings of its own kind."""
+    (sysfs / "sys/class/net/eth1/bonding").mkdir()
+    assert (True, False) == (is_bond("eth1", str(sysfs)), is_bond("eth0", str(sysfs)))
 
 
 @pytest.mark.parametrize(

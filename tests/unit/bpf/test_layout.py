@@ -20,12 +20,15 @@ def header_number(name: str) -> int:
     return int(match[1])
 
 
-def rows(*counts: tuple[int, int, int, int, int]) -> memoryview:
-    """Counters with (row, direction, protocol, packets, bytes) set."""
+def rows(*counts: tuple[int, int, int, int, int], **events: int) -> memoryview:
+    """Counters with (row, direction, protocol, packets of up to 64 bytes, bytes) set; events in row 0, ingress."""
     memory = bytearray(layout.COUNTERS_BYTES)
     for row, direction, protocol, packets, size in counts:
-        at = row * layout.ROW_BYTES + (direction * layout.PROTOCOL_COLUMNS + protocol) * 16
-        struct.pack_into("=QQ", memory, at, packets, size)
+        at = row * layout.ROW_BYTES + direction * layout.ROW_BYTES // 2 + protocol * layout.LINE_BYTES
+        struct.pack_into("=QQ", memory, at, size, packets)
+    for name, number in events.items():
+        at = len(layout.PROTOCOLS) * layout.LINE_BYTES + layout.EVENTS.index(name) * 8
+        struct.pack_into("=Q", memory, at, number)
     return memoryview(memory).toreadonly()
 
 
@@ -38,20 +41,26 @@ def test_header_and_python_agree_on_every_number() -> None:
     assert layout.ROWS == header_number("KON_ROWS")
     assert layout.BUCKETS == header_number("KON_BUCKETS")
     assert layout.BUCKET_ENTRIES == header_number("KON_BUCKET_ENTRIES")
-    assert layout.PROTOCOL_COLUMNS == header_number("KON_PROTOCOLS")
+    assert len(layout.PROTOCOLS) == header_number("KON_PROTOCOLS")
+    assert len(layout.SIZE_BOUNDS) + 1 == header_number("KON_SIZES")
+    assert len(layout.EVENTS) == header_number("KON_EVENTS")
     assert layout.IS_RAW_IP == header_number("KON_IS_RAW_IP")
     assert len(layout.DIRECTIONS) == header_number("KON_DIRECTIONS")
     for number, direction in enumerate(layout.DIRECTIONS):
         assert number == header_number(f"KON_{direction.upper()}")
     for number, protocol in enumerate(layout.PROTOCOLS):
-        assert number == header_number(f"KON_{protocol.upper()}")
+        assert number == header_number(f"KON_{protocol.upper().replace('-', '_')}")
+    for number, bound in enumerate(layout.SIZE_BOUNDS):
+        assert number == header_number(f"KON_SIZE_{bound}")
+    for number, event in enumerate(layout.EVENTS):
+        assert number == header_number(f"KON_{event.upper()}")
 
 
 def test_header_and_python_agree_on_sizes() -> None:
     """The sizes the C side asserts are the ones this side reads by."""
     asserted = dict(re.findall(r"_Static_assert\(sizeof\(struct (\w+)\) == (\d+)", HEADER))
-    assert {"kon_row": "256", "kon_bucket": "64"} == asserted
-    assert (layout.ROW_BYTES, layout.BUCKET_BYTES) == (256, 64)
+    assert {"kon_line": "64", "kon_events": "64", "kon_row": "1024", "kon_bucket": "64"} == asserted
+    assert (layout.LINE_BYTES, layout.ROW_BYTES, layout.BUCKET_BYTES) == (64, 1024, 64)
 
 
 def test_a_slot_is_the_sum_of_its_cpus_and_of_no_other() -> None:
@@ -62,6 +71,19 @@ def test_a_slot_is_the_sum_of_its_cpus_and_of_no_other() -> None:
     assert (3, 9) == counts["egress", "other"]
     assert {(0, 0)} == {value for key, value in counts.items() if key not in {("ingress", "tcp"), ("egress", "other")}}
     assert len(layout.DIRECTIONS) * len(layout.PROTOCOLS) == len(counts)
+
+
+def test_traffic_has_sizes_bytes_and_events() -> None:
+    """Every column of a direction comes back under its name, and in its sums."""
+    counters = rows((0, 0, 4, 3, 180), (0, 0, 6, 2, 100), tcp_syn=7, multicast=9)
+    ingress = layout.read_traffic(counters, 0, 1)["ingress"]
+    assert ([3, 0, 0, 0, 0, 0, 0], 180, 3) == (
+        ingress.sizes["other-ip"],
+        ingress.bytes["other-ip"],
+        ingress.packets("other-ip"),
+    )
+    assert [5, 0, 0, 0, 0, 0, 0] == ingress.packets_by_size()
+    assert {"tcp_syn": 7, "multicast": 9} == {name: number for name, number in ingress.events.items() if number}
 
 
 def test_what_former_owners_counted_is_subtracted() -> None:
@@ -86,8 +108,9 @@ def test_a_base_of_another_length_is_refused() -> None:
 
 @pytest.mark.parametrize(("cpus", "slots"), [(1, 256), (2, 256), (16, 256), (64, 64), (256, 16), (4096, 1), (8192, 0)])
 def test_slots_shrink_as_cpus_grow(cpus: int, slots: int) -> None:
-    """The rows are fixed, the split is not."""
+    """There is a bound on the rows; the map is as large as slots and CPUs need."""
     assert slots == layout.slots_for(cpus)
+    assert slots * cpus * 1024 == layout.counters_bytes(cpus) <= layout.COUNTERS_BYTES
 
 
 def test_table_survives_its_encoding() -> None:

@@ -14,20 +14,54 @@ from kon_agent.errors import BpfError
 
 
 @pytest.fixture
-def without_pylibbpf(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    libbpf.pylibbpf_module.cache_clear()
+def choose(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Let the library be looked for anew; afterwards, too."""
     libbpf.library.cache_clear()
-    yield
-    libbpf.pylibbpf_module.cache_clear()
+    yield monkeypatch
     libbpf.library.cache_clear()
 
 
-@pytest.mark.usefixtures("without_pylibbpf")
-def test_without_pylibbpf_only_loading_fails_and_says_so() -> None:
-    """A platform without a wheel imports this package; `load` names what is missing."""
-    with pytest.raises(BpfError, match="pylibbpf is not installed"):
+def test_pylibbpfs_is_taken_where_it_is_installed(choose: pytest.MonkeyPatch) -> None:
+    """Its version is the one this project is tried with most."""
+    choose.delenv(libbpf.CHOICE_VARIABLE, raising=False)
+    if importlib.util.find_spec("pylibbpf") is None:
+        pytest.skip("needs pylibbpf, which has no wheel for this Python")
+    assert "pylibbpf" in libbpf.library().path
+
+
+def test_the_systems_is_taken_where_pylibbpf_is_not(choose: pytest.MonkeyPatch) -> None:
+    """A platform without a wheel goes on with libbpf.so.1."""
+    choose.delenv(libbpf.CHOICE_VARIABLE, raising=False)
+    choose.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "libbpf.so.1" == libbpf.library().path
+
+
+def test_without_any_only_loading_fails_and_says_what_to_install(choose: pytest.MonkeyPatch) -> None:
+    """A machine without libbpf imports this package; `load` names what is missing."""
+    choose.delenv(libbpf.CHOICE_VARIABLE, raising=False)
+    choose.setattr(importlib.util, "find_spec", lambda name: None)
+    choose.setattr(libbpf, "_SYSTEM", "libbpf-of-nobody.so.1")
+    with pytest.raises(BpfError, match=r"pylibbpf is not installed .* libbpf-of-nobody.* apt install libbpf1"):
         NetCounters.load()
+
+
+@pytest.mark.parametrize("choice", ["pylibbpf", "system"])
+def test_one_can_be_asked_for(choose: pytest.MonkeyPatch, choice: str) -> None:
+    """The variable decides; the other one is no way out."""
+    choose.setenv(libbpf.CHOICE_VARIABLE, choice)
+    choose.setattr(importlib.util, "find_spec", lambda name: None)
+    choose.setattr(libbpf, "_SYSTEM", "libbpf-of-nobody.so.1")
+    with pytest.raises(BpfError) as refused:
+        libbpf.library()
+    assert (choice == "pylibbpf") == ("pylibbpf is not installed" in str(refused.value))
+    assert (choice == "system") == ("libbpf-of-nobody" in str(refused.value))
+
+
+def test_an_unknown_choice_is_named(choose: pytest.MonkeyPatch) -> None:
+    """A typing error does not end in another library than meant."""
+    choose.setenv(libbpf.CHOICE_VARIABLE, "mine")
+    with pytest.raises(BpfError, match="'mine'; it may be 'pylibbpf' or 'system'"):
+        libbpf.library()
 
 
 def test_a_library_without_the_functions_is_named_with_what_it_lacks() -> None:

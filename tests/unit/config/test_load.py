@@ -166,6 +166,7 @@ WRONG = [
     ("limits: {cpu: 65}", "1:15: limits.cpu: 65 is out of range; a share is from 0% to 6400%"),
     ("batch: {max_records: 0}", "1:22: batch.max_records: expected a whole number from 1 to 10000, got 0"),
     ("batch: {max_bytes: 1KiB}", "1:20: batch.max_bytes: must be from 8KiB to 512KiB"),
+    ("plugins: {flows: {memory: 1GiB}}", "1:27: plugins.flows.memory: must be from 128KiB to 64MiB"),
     ("server: []", "1:9: server: is an empty list; name at least one quic://host:port"),
     (
         "server: ['quic://a:1', 'quic://b:x']",

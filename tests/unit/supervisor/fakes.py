@@ -143,7 +143,7 @@ def make_plugin(monkeypatch: pytest.MonkeyPatch, name: str = "cpu", config: Plug
         dismiss=lambda ring: plugins[0].dismissed.append(ring),
         next_ring_number=itertools.count(1).__next__,
     )
-    unit = Unit(name, "module:Class", config or PluginConfig(), surroundings, dict)
+    unit = Unit(name, "module:Class", config or PluginConfig(), surroundings)
     plugins.append(Plugin(unit))
     monkeypatch.setattr(unit_module, "spawn", plugins[0].spawn)
     return plugins[0]

@@ -284,7 +284,7 @@ def successor(old: Plugin, config: PluginConfig | None = None) -> Unit:
     taken = msgspec.structs.replace(
         taken, rings=[duplicated(ring) for ring in taken.rings], orders_fd=os.dup(taken.orders_fd)
     )
-    unit = Unit("cpu", "module:Class", config or PluginConfig(), old.unit._around, dict)
+    unit = Unit("cpu", "module:Class", config or PluginConfig(), old.unit._around)
     unit.adopt(taken)
     return unit
 

@@ -15,6 +15,7 @@ from kon_agent.process import Child, Exit
 from kon_agent.supervisor import main
 from kon_agent.supervisor.child import Supervised
 from kon_agent.supervisor.main import LOOK_INTERVAL_S, STARTING_INTERVAL_S, Phase, Supervisor
+from kon_agent.supervisor.network import NEVER_NS
 from kon_agent.supervisor.upgrade import Succession
 from tests.unit.supervisor.fakes import START_NS, fake_child
 
@@ -77,6 +78,7 @@ def loop() -> Iterator[Supervisor]:
     made.units = {"cpu": cast(Any, Process("worker cpu"))}
     made.courier = cast(Any, Process("sender"))
     made.regulation = cast(Any, SimpleNamespace(due_ns=0))
+    made.network = cast(Any, SimpleNamespace(due_ns=NEVER_NS))
     yield made
 
 

@@ -87,7 +87,7 @@ class Agent:
 
     def add_unit(self, name: str, section: PluginConfig) -> None:
         self.supervisor.slots.give(name)
-        unit = Unit(name, "module:Class", section, self.unit._around, dict)
+        unit = Unit(name, "module:Class", section, self.unit._around)
         self.added.append(unit)
         self.supervisor.units[name] = unit
 
