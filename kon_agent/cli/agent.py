@@ -16,6 +16,7 @@ from kon_agent import __version__
 from kon_agent.cli import DEFAULT_CONFIG, tables, target
 from kon_agent.cli.authoring import available, new
 from kon_agent.cli.completion import completion
+from kon_agent.cli.doctor import doctor
 from kon_agent.cli.plugins import plugins
 from kon_agent.cli.spool import spool
 from kon_agent.cli.tap import tap
@@ -151,6 +152,7 @@ def demo(folder: Path | None, seconds: float | None) -> None:
 
 
 main.add_command(completion)
+main.add_command(doctor)
 main.add_command(plugins)
 main.add_command(spool)
 plugins.add_command(available)

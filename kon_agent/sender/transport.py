@@ -104,6 +104,12 @@ class Link(QuicConnectionProtocol):
         """Smoothed round-trip time, microseconds; 0 before the first sample."""
         return int(self._quic._loss._rtt_smoothed * 1e6)
 
+    @property
+    def certificate_ends_s(self) -> float | None:
+        """Until when the server's certificate is valid, UNIX time; None before it has shown one. Verified or not."""
+        certificate = self._quic.tls._peer_certificate
+        return None if certificate is None else certificate.not_valid_after_utc.timestamp()
+
     def keep_alive(self) -> None:
         """Make the peer show a sign of life."""
         self._quic.send_ping(0)
@@ -245,6 +251,22 @@ def configure(credentials: Credentials) -> QuicConfiguration:
     except (ValueError, TypeError) as err:
         raise ConfigError(f"tls: a certificate or key file is not PEM: {err}") from err
     return configuration
+
+
+def validity_of(pem: bytes) -> tuple[float, float]:
+    """Return from when until when a certificate is valid, UNIX times.
+
+    Args:
+        pem: the certificate, with or without its chain behind it.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        certificate = tls.load_pem_x509_certificates(pem)[0]
+    except (ValueError, IndexError) as err:
+        raise ConfigError("it holds no PEM certificate; replace the file") from err
+    return certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp()
 
 
 def _explain(event: events.ConnectionTerminated) -> str:
