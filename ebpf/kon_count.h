@@ -85,11 +85,9 @@ static __always_inline enum kon_size size_of(__u64 bytes)
 static __always_inline struct kon_interface count(struct kon_interface interface, enum kon_direction direction,
 						  const struct frame *f, const struct burst *b)
 {
-	__u64 first_row = interface.first_row;
-	__u32 number = first_row + bpf_get_smp_processor_id();
+	__u32 number = interface.first_row + bpf_get_smp_processor_id();
 	struct kon_row *row = bpf_map_lookup_elem(&counters, &number);
-	__u64 protocol = forget(f->protocol, first_row) & (KON_COLUMNS - 1);
-	__u32 events = forget(f->events, first_row);
+	__u64 protocol = f->protocol & (KON_COLUMNS - 1);
 	struct kon_counts *counts;
 	struct kon_line *line;
 
@@ -101,11 +99,11 @@ static __always_inline struct kon_interface count(struct kon_interface interface
 	line->packets[size_of(b->last)]++;
 	if (b->packets > 1)
 		line->packets[size_of(b->full)] += b->packets - 1;
-	if (likely(!events))
+	if (likely(!f->events))
 		return interface;
 #pragma clang loop unroll(full)
 	for (int event = 0; event < KON_EVENTS; event++)
-		counts->events.count[event] += (events >> event & 1) * (event < KON_BROADCAST ? 1 : b->packets);
+		counts->events.count[event] += (f->events >> event & 1) * (event < KON_BROADCAST ? 1 : b->packets);
 	return interface;
 }
 
@@ -155,7 +153,8 @@ static __always_inline struct kon_interface count_ingress(struct xdp_md *context
 	if (!interface.ifindex)
 		return interface;
 	is_raw_ip = interface.flags & KON_IS_RAW_IP;
-	read_frame(f, data, end, length, is_raw_ip);
+	if (is_raw_ip || !likely(read_common(f, data, end, length)))
+		read_frame(f, data, end, length, is_raw_ip);
 	if (has_pieces && unlikely(may_go_on(f, length))) {
 		length = bpf_xdp_get_buff_len(context);
 		unpack(f, kon_xdp_reread(context, length, is_raw_ip));

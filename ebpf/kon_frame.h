@@ -370,6 +370,46 @@ static __always_inline __u32 raw_ip(struct frame *f)
 	return 0;
 }
 
+/* The headers of most frames there are: IPv4 without options, TCP, no tag. */
+struct common_headers {
+	struct ethernet_header ethernet;
+	struct ipv4_header ip;
+	struct tcp_header tcp;
+} __attribute__((packed));
+
+#define COMMON_UPPER (sizeof(struct ethernet_header) + sizeof(struct ipv4_header))
+
+/*
+ * Read a frame if it is a common one: whole, well-formed, to one receiver. Return whether it was; if not, nothing is
+ * known of it. It comes to what the way through all headers comes to, in half the instructions.
+ */
+static __always_inline int read_common(struct frame *f, void *data, void *end, __u64 length)
+{
+	struct common_headers *h = data;
+	__u32 total, header;
+
+	if ((void *)(h + 1) > end)
+		return 0;
+	if (h->ethernet.type != ntohs_const(ETHERTYPE_IPV4) || h->ethernet.destination[0] & 1)
+		return 0;
+	if (h->ip.protocol != IPPROTO_TCP || h->ip.version_ihl != 0x45 || h->ip.fragment & ntohs_const(0x3fff))
+		return 0;
+	total = ntohs(h->ip.total_length);
+	header = h->tcp.data_offset >> 4 << 2;
+	if (header < sizeof(h->tcp) || header + sizeof(h->ip) > total || total + sizeof(h->ethernet) > length)
+		return 0;
+	*f = (struct frame){
+		.events = h->tcp.flags & KON_TCP_EVENTS,
+		.protocol = KON_TCP,
+		.version = 4,
+		.number = IPPROTO_TCP,
+		.network = sizeof(h->ethernet),
+		.trailer = length - sizeof(h->ethernet) - total,
+		.upper = COMMON_UPPER,
+	};
+	return 1;
+}
+
 /*
  * Read a frame of which the linear buffer from `data` to `end` is readable, and `length` bytes are there. Where that
  * leaves KON_EXTENDED, `at` and `rest` are for the function that KON_DEFINE_EXTENSIONS has made.
