@@ -26,7 +26,7 @@ from kon_agent.bpf.origin import Origin
 from kon_agent.bpf.probes import PROBES
 from kon_agent.catalog import Catalog
 from kon_agent.config.naming import canonical
-from kon_agent.config.schema import Config, EbpfConfig, ExecConfig, ForeignConfig
+from kon_agent.config.schema import Config, EbpfConfig, ExecConfig, FlowsConfig, ForeignConfig
 from kon_agent.config.section import parse_section
 from kon_agent.control_protocol import unknown_plugin
 from kon_agent.errors import BpfError, ControlError, NoData, PluginError
@@ -211,22 +211,30 @@ def _measuring(name: str, config: Config, stack: contextlib.ExitStack) -> Mappin
         probe = Probe.load(PROBES[name], config.plugins.by_name()[name])
         stack.callback(probe.close)
         return probe.grants()
-    if name == "ebpf":
-        return _counting(config.plugins.ebpf, stack)
+    if name in ("ebpf", "flows"):
+        return _counting(config.plugins.ebpf, config.plugins.flows if name == "flows" else None, stack)
     return {}
 
 
-def _counting(config: EbpfConfig, stack: contextlib.ExitStack) -> Mapping[str, memoryview]:
-    """Count the packets of the chosen interfaces."""
+def _counting(config: EbpfConfig, flows: FlowsConfig | None, stack: contextlib.ExitStack) -> Mapping[str, memoryview]:
+    """Count the packets of the chosen interfaces, and their flows."""
+    from kon_agent.bpf.flowcount import FlowCount
     from kon_agent.bpf.net import NetCounters
 
     counters = NetCounters.load()
     stack.callback(counters.close)
+    counters.restrict(config.generic)
+    tables: dict[str, memoryview] = {}
+    if flows is not None:
+        count = FlowCount.load(counters.shared_maps, int(flows.memory))
+        stack.callback(count.close)
+        counters.run(count.substitutes)
+        tables = {"flows": count.map_table()}
     for interface in interfaces.choose(interfaces.scan(), config.interfaces, config.exclude):
         counters.attach(interface.ifindex, interface.name)
     page = memoryview(bytearray(page_size(layout.TABLE_BYTES)))
     PageWriter(page).publish(counters.table())
-    return {"counters": counters.counters(), "interfaces": page.toreadonly(), **Origin("bpf").grant()}
+    return {"counters": counters.counters(), "interfaces": page.toreadonly(), **tables, **Origin("bpf").grant()}
 
 
 def _nothing() -> None:

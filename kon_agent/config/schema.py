@@ -93,6 +93,7 @@ class EbpfConfig(PluginConfig, frozen=True, kw_only=True, forbid_unknown_fields=
     exclude: list[Text] = msgspec.field(default_factory=lambda: ["lo"])
     generic: list[Text] = msgspec.field(default_factory=lambda: ["veth*"])
     stats: bool = False
+    ring_size: Size = Size(1024 * 1024)  # a cycle of forty interfaces does not fit the common default
 
 
 class FlowsConfig(PluginConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):

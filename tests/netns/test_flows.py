@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import os
 import random
 import re
 import socket
 import struct
+import subprocess
 import sys
 import tempfile
 from collections import Counter, defaultdict
@@ -33,6 +35,7 @@ from kon_agent.plugins.context import Context
 from kon_agent.plugins.flows import Flows
 from kon_agent.receiver import pki
 from tests.support.agent import AGENT_ID, Agent
+from tests.support.program import environment_of
 from tests.support.receiver import Receiver
 from tests.support.waiting import wait_for
 
@@ -346,3 +349,18 @@ def test_the_agent_reports_a_talker(link: Any) -> None:
             wait_for(lambda: sum(stored(receiver, "flow_bytes", **flow)) >= size, "the flow is stored", deadline_s=20)
             assert float(size) == sum(stored(receiver, "flow_bytes", **flow))
             assert stored(receiver, "flow_table_bytes")[-1] <= MEMORY_BYTES
+
+
+def test_a_trial_counts_flows(link: Any) -> None:
+    """`plugins test` has the same programs for the moment."""
+    command = [sys.executable, "-m", "kon_agent.cli.agent", "plugins", "test", "flows", "--json"]
+    done = subprocess.run(
+        ["ip", "netns", "exec", link.here.name, *command],
+        env=environment_of(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = {record["name"]: record for record in map(json.loads, done.stdout.splitlines())}
+    assert "bpf" == found["ebpf_source"]["labels"]["source"]
+    assert {"flow_table_bytes", "flow_interface_bytes_total"} <= found.keys()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -12,6 +15,7 @@ from kon_agent.config.server import ServerAddress
 from kon_agent.credentials import Credentials
 from kon_agent.errors import ConfigError
 from kon_agent.receiver import pki
+from kon_agent.sender import visit as visiting
 from kon_agent.sender.transport import validity_of
 from kon_agent.sender.visit import visit
 
@@ -51,3 +55,40 @@ def test_until_when_a_certificate_is_valid(tmp_path: Path) -> None:
     for wrong in (b"", b"nonsense", (tmp_path / "edge-1.key").read_bytes()):
         with pytest.raises(ConfigError, match="no PEM certificate"):
             validity_of(wrong)
+
+
+class Answering:
+    """A server that has two addresses, of which the first cannot be reached; the second takes us at its leisure."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ended: list[str] = []
+        self.rtt_us = 1500
+        self.certificate_ends_s = None
+        monkeypatch.setattr(visiting, "resolve", self.resolve)
+        monkeypatch.setattr(visiting, "connect", self.connect)
+
+    async def resolve(self, server: ServerAddress) -> list[SimpleNamespace]:
+        return [SimpleNamespace(address=(address, server.port)) for address in ("::1", "127.0.0.1")]
+
+    async def connect(self, target: Any, configuration: Any, call: Any) -> Any:
+        if target.address[0] == "::1":
+            raise OSError("Network is unreachable")
+
+        def welcome() -> None:
+            call.is_welcome = True
+            call._tell()
+
+        asyncio.get_running_loop().call_later(0.01, welcome)  # not before whoever gives up early is gone
+        return self
+
+    def end(self, reason: str) -> None:
+        self.ended.append(reason)
+
+
+def test_one_address_that_answers_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That another cannot be reached, and fails at once, does not end the visit; every connection is hung up."""
+    server = Answering(monkeypatch)
+    (found,) = visit([ServerAddress("receiver", 7843)], NOBODY, "edge-1", 5.0)
+    assert (True, "") == (found.is_welcome, found.failure)
+    assert ("::1", "127.0.0.1") == found.addresses
+    assert ["only a visit"] == server.ended
