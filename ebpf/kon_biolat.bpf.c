@@ -60,8 +60,8 @@ struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
-	__type(value, __u32);
-} settings SEC(".maps"); /* the number of possible CPUs */
+	__type(value, struct kon_biolat_settings);
+} settings SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -109,16 +109,16 @@ static __always_inline __u32 slot_of(__u32 device, __u32 cpus)
 	return KON_DEVICES;
 }
 
-/* This CPU's row of the device; none for a request without one. */
+/* This CPU's row of the device; none for a request without one, or of one that is left out. */
 static __always_inline struct kon_biolat_row *row_of(struct request *request)
 {
-	__u32 zero = 0, device = device_of(request);
-	__u32 *cpus = bpf_map_lookup_elem(&settings, &zero);
+	__u32 zero = 0, device = device_of(request), major = device >> KON_MINOR_BITS;
+	struct kon_biolat_settings *wanted = bpf_map_lookup_elem(&settings, &zero);
 	__u32 row;
 
-	if (!cpus || !device)
+	if (!wanted || !device || (major < 32 && wanted->excluded >> major & 1))
 		return 0;
-	row = slot_of(device, *cpus) * *cpus + bpf_get_smp_processor_id();
+	row = slot_of(device, wanted->cpus) * wanted->cpus + bpf_get_smp_processor_id();
 	return bpf_map_lookup_elem(&rows, &row);
 }
 

@@ -27,6 +27,12 @@ struct kon_biolat_row {
 	__u64 missed; /* requests that were not measured, because too many were in flight */
 } __attribute__((aligned(64)));
 
+struct kon_biolat_settings {
+	__u32 cpus; /* possible ones */
+	__u32 excluded; /* a bit for each major number whose devices are left out; of the first 32 */
+};
+
+_Static_assert(sizeof(struct kon_biolat_settings) == 8, "biolat.py: SETTINGS_BYTES");
 _Static_assert(sizeof(struct kon_biolat_row) == 576, "biolat.py: ROW_BYTES");
 _Static_assert(KON_SLOTS == KON_DEVICES + 1, "one more for those that have none of their own");
 

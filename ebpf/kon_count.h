@@ -166,17 +166,33 @@ static __always_inline struct kon_interface count_ingress(struct xdp_md *context
 }
 
 /*
+ * How many frames a GSO super packet becomes besides the first. Of one from a guest (SKB_GSO_DODGY: a tap, a packet
+ * socket) the kernel does not keep the number: it is counted here as it is there, from what follows the headers.
+ */
+static __always_inline __u32 further_frames(const struct __sk_buff *skb, const struct frame *f)
+{
+	struct tcp_header *tcp = (void *)(long)skb->data + (f->upper & KON_OFFSET);
+	__u32 headers = f->upper + sizeof(struct udp_header);
+
+	if (likely(skb->gso_segs))
+		return skb->gso_segs - 1;
+	if (f->upper && f->protocol == KON_TCP && (void *)(tcp + 1) <= (void *)(long)skb->data_end)
+		headers = f->upper + (tcp->data_offset >> 4 << 2);
+	return skb->len > headers ? (skb->len - headers - 1) / skb->gso_size : 0;
+}
+
+/*
  * A GSO super packet is counted as the frames it becomes: wire_len already holds the headers of all of them
  * (qdisc_pkt_len_init in net/core/dev.c). A tag outside of the data goes into each.
  */
-static __always_inline struct burst frames_of(const struct __sk_buff *skb)
+static __always_inline struct burst frames_of(const struct __sk_buff *skb, const struct frame *f)
 {
 	__u32 tag = skb->vlan_present ? VLAN_TAG_BYTES : 0;
 	struct burst b = {.packets = 1, .last = skb->wire_len};
-	__u32 more, full;
+	__u32 more = unlikely(skb->gso_size) ? further_frames(skb, f) : 0;
+	__u32 full;
 
-	if (unlikely(skb->gso_segs > 1)) {
-		more = skb->gso_segs - 1;
+	if (unlikely(more)) {
 		full = (skb->wire_len - skb->len) / more + skb->gso_size;
 		if (full > skb->wire_len / more)
 			full = skb->wire_len / (more + 1); /* the kernel's numbers disagree: the sum stays right */
@@ -196,10 +212,10 @@ static __always_inline struct kon_interface count_egress(struct __sk_buff *skb, 
 	if (!interface.ifindex)
 		return interface;
 	is_raw_ip = interface.flags & KON_IS_RAW_IP;
-	*b = frames_of(skb);
 	read_frame(f, (void *)(long)skb->data, (void *)(long)skb->data_end, skb->len, is_raw_ip);
 	if (unlikely(f->events & KON_UNFINISHED))
 		unpack(f, kon_tc_reread(skb, is_raw_ip));
+	*b = frames_of(skb, f);
 	return count(interface, KON_EGRESS, f, b);
 }
 

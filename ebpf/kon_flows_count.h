@@ -35,7 +35,6 @@ struct {
 } flow_settings SEC(".maps");
 
 #define KON_SEEN_ONCE 1 /* in `seen`: the flow has had one packet so far; 0: there is no flow */
-#define KON_FLOW_OFFSET 0x1fff /* beyond MAX_HEADERS_BYTES and another extension */
 
 /* Words of any alignment; the kernels we run on load them at once. */
 typedef __u32 __attribute__((may_alias)) kon_u32;
@@ -171,7 +170,7 @@ static __always_inline struct kon_flow *find_flow(const __u64 *key, const struct
 
 static __always_inline int count_flow(void *data, void *end, __u32 headers, __u32 what, __u64 packets, __u64 bytes)
 {
-	__u32 only = 0, network = headers & KON_FLOW_OFFSET, upper = headers >> 16 & KON_FLOW_OFFSET;
+	__u32 only = 0, network = headers & KON_OFFSET, upper = headers >> 16 & KON_OFFSET;
 	struct kon_flow_settings *settings = bpf_map_lookup_elem(&flow_settings, &only);
 	kon_u32 *ports = data + upper;
 	__u8 version = what >> 8 & 7;

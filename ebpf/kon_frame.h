@@ -36,6 +36,7 @@ enum {
 #define MAX_EXTENSIONS 6 /* RFC 8200 section 4.1 names six kinds; deeper packets count as "other-ip" */
 #define MAX_IP_BYTES 65535 /* what 16 bits can say: a longer datagram (BIG TCP, jumbogram) says 0 */
 #define MAX_HEADERS_BYTES 4096 /* from the frame's begin on; no packet anyone sends has more */
+#define KON_OFFSET 0x1fff /* a mask: beyond MAX_HEADERS_BYTES and another extension */
 #define ICMP_HEADER_BYTES 8 /* also of ICMPv6: type, code, checksum, and four bytes of every message in use */
 
 #define KON_EVENT(event) (1U << (event))

@@ -16,6 +16,7 @@ import errno
 import importlib.machinery
 import importlib.util
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -29,6 +30,8 @@ XDP_FLAGS_SKB_MODE = 1 << 1  # linux/if_link.h: generic
 XDP_FLAGS_DRV_MODE = 1 << 2  # native
 MAX_LOG_BYTES = 256 * 1024  # a verifier log's end tells; one of a large program may have megabytes before it
 CHOICE_VARIABLE = "KON_AGENT_LIBBPF"  # "pylibbpf" or "system": use that one or none
+
+POSSIBLE_CPUS = "/sys/devices/system/cpu/possible"
 
 _SYSTEM = "libbpf.so.1"  # Debian's libbpf1, and the same name elsewhere
 _LIBBPF_DEBUG = 2  # enum libbpf_print_level: 0 warnings (the verifier's log among them), 1 information
@@ -59,7 +62,6 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "bpf_program__set_autoload": (_int, [_void, ctypes.c_bool]),
     "bpf_raw_tracepoint_open": (_int, [_text, _int]),
     "libbpf_find_vmlinux_btf_id": (_int, [_text, _int]),
-    "libbpf_num_possible_cpus": (_int, []),
     "libbpf_set_print": (_void, [_void]),
     "libbpf_version_string": (_text, []),
 }
@@ -117,8 +119,16 @@ class Library:
         return bytes(self._c.libbpf_version_string()).decode()
 
     def possible_cpus(self) -> int:
-        """Return how many CPUs this kernel may ever number: every CPU number is below it."""
-        return _checked(self._c.libbpf_num_possible_cpus(), "count the possible CPUs")
+        """Return how many CPUs this kernel may ever number: every CPU number is below it, also where some are missing.
+
+        Raises:
+            BpfError: /sys is not mounted.
+        """
+        try:
+            with open(POSSIBLE_CPUS, encoding="ascii") as file:
+                return int(re.split("[-,]", file.read())[-1]) + 1  # "0-3,8-11"
+        except (OSError, ValueError) as err:
+            raise BpfError(f"cannot count the possible CPUs: {err}") from err
 
     def link(self, program_fd: int, ifindex: int, attach_type: int, flags: int = 0) -> int:
         """Attach a program to an interface; return the link's fd, with which the attachment ends.

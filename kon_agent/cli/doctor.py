@@ -128,7 +128,8 @@ class _Performer:
         # -P: nothing in the folder a user happens to be in is imported by root. Our own folder may be known only by it.
         command = [sys.executable, "-P", "-W", "ignore", "-m", "kon_agent.cli.agent", "doctor", *flags]
         folder = str(Path(kon_agent.__file__).parents[1])
-        path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH", "")]))
+        others = os.environ.get("PYTHONPATH", "").split(os.pathsep)  # an empty or relative one is where a user stands
+        path = os.pathsep.join([folder, *filter(os.path.isabs, others)])
         with contextlib.ExitStack() as stack:
             self._stderr = stack.enter_context(tempfile.TemporaryFile())
             self._process = subprocess.Popen(

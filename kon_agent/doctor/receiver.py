@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures.thread  # noqa: F401 - asyncio wants it late, when its file may be out of reach
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -13,6 +14,7 @@ from kon_agent.credentials import Credentials
 from kon_agent.doctor.finding import Finding, fail, ok, split, warn
 from kon_agent.doctor.patient import Patient
 from kon_agent.errors import ConfigError
+from kon_agent.linux import privileges
 from kon_agent.sender.transport import validity_of
 from kon_agent.sender.visit import Visit, visit
 from kon_agent.wire.frames import ALPN_LEGACY
@@ -111,15 +113,27 @@ def check_certificate(patient: Patient) -> Iterable[Finding]:
 
 
 def check_receivers(patient: Patient) -> Iterable[Finding]:
-    """Visit every server."""
+    """Visit every server. The last of the checks: whoever speaks to the network is root no longer."""
     servers = [parse_server(url) for url in patient.config.servers()]
     try:
         proof, is_the_agent = _read_proof(patient.config.tls)
+        _drop_root(patient.config.user)
         visits = visit(servers, proof, patient.config.client_id, TIMEOUT_S)
     except ConfigError as err:
         yield fail("receiver", *split(str(err)))
         return
     yield from judge_visits(visits, is_the_agent, time.time())
+
+
+def _drop_root(user: str) -> None:
+    """Become the user that the sender is, as it does before it hears from anybody.
+
+    Raises:
+        PrivilegeError: there is no such user, and no `nobody`.
+    """
+    if os.getuid() == 0 and not privileges.current_privileges().missing("CAP_SETUID", "CAP_SETGID"):
+        "localhost".encode("idna")  # the codec is loaded from files that the user may not be able to read
+        privileges.change_user(privileges.resolve_user(user))
 
 
 def judge_visits(visits: Sequence[Visit], is_the_agent: bool, now_s: float) -> Iterable[Finding]:

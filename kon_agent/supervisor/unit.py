@@ -9,6 +9,7 @@ Invariants:
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections import Counter
 from collections.abc import Callable
@@ -31,6 +32,8 @@ from kon_agent.supervisor.pace import Pace
 from kon_agent.supervisor.profiles import profile_for
 from kon_agent.supervisor.sharedpage import SharedPage
 from kon_agent.supervisor.sharedring import SharedRing
+
+log = logging.getLogger(__name__)
 
 MAX_WAITING_RINGS = 8
 STOP_GRACE_S = 0.4  # "disable" promises an end within 500 ms; a killed worker loses at most the record it was writing
@@ -161,7 +164,7 @@ class Unit(Supervised):
         """Make its worker end; where there is none, as it has failed or waits, its instrument is let go if unwanted."""
         super().stop(now_ns)
         if self.child is None and not self.is_wanted:
-            self._instrument.close()
+            self._close_instrument()
 
     def _write_orders(self) -> None:
         self._orders.writer.publish(encode_orders(int(self.period_s * NS_PER_S)))
@@ -189,7 +192,7 @@ class Unit(Supervised):
             ring.release()
         self._close_stderr()
         self._orders.release()
-        self._instrument.close()
+        self._close_instrument()
 
     def capture(self) -> handover.Plugin:
         """Return what the code that takes our place needs to go on with it."""
@@ -251,7 +254,7 @@ class Unit(Supervised):
         return len(self._waiting) >= MAX_WAITING_RINGS
 
     def _spawn(self, now_ns: int) -> Child:
-        self._instrument.open(self.config)
+        self._open_instrument()
         ring = self.ring = SharedRing(self._around.next_ring_number(), self.plugin, self.config.ring_size)
         self._around.announce(ring)
         role = Role(
@@ -286,6 +289,24 @@ class Unit(Supervised):
         if self._stderr is not None:
             self._stderr.handed_out()
         return child
+
+    def _open_instrument(self) -> None:
+        """Make its instrument ready.
+
+        Raises:
+            OSError: it has failed in a way nobody foresaw: a death of this plugin, and no other's business.
+        """
+        try:
+            self._instrument.open(self.config)
+        except Exception as err:
+            log.exception("what %s needs of the kernel cannot be made ready", self.name)
+            raise OSError(f"{type(err).__name__}: {err}") from err
+
+    def _close_instrument(self) -> None:
+        try:
+            self._instrument.close()
+        except Exception:  # a bug of ours in one plugin's affairs; the agent goes on with the others
+            log.exception("what %s needed of the kernel cannot be let go", self.name)
 
     def _ask_to_stop(self) -> None:
         if self.child is not None:
@@ -322,7 +343,7 @@ class Unit(Supervised):
     def _on_gone(self) -> None:
         self._close_stderr()
         if not self.is_wanted:
-            self._instrument.close()
+            self._close_instrument()
         if self.ring is not None:
             self._missed_before += self.pulse().missed_ticks
             self.ring.is_closed = True

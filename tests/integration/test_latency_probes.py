@@ -235,7 +235,7 @@ def test_each_request_of_a_disk_is_counted_once(tmp_path: Path) -> None:
     The kernel's own count of a flush is one flush and, of the bio that asked for it, one write.
     """
     wanted = {"read": 50, "write": 70, "other": 9 + 4}
-    with probe(biolat.SPEC, BiolatConfig()) as loaded, loop_device(tmp_path / "disk") as device:
+    with probe(biolat.SPEC, BiolatConfig(exclude_devices=[])) as loaded, loop_device(tmp_path / "disk") as device:
         rows = loaded.map_rows()
         transfer(device, 1, 0, 0, 0)
         before_kernel, before = completed(device), latencies(device_columns(rows, device))
@@ -253,9 +253,18 @@ def test_each_request_of_a_disk_is_counted_once(tmp_path: Path) -> None:
 
 
 @needs_losetup
+def test_a_device_that_is_left_out_takes_no_slot(tmp_path: Path) -> None:
+    """By default loop devices are not even known to the kernel's side: their places are for disks."""
+    with probe(biolat.SPEC, BiolatConfig()) as loaded, loop_device(tmp_path / "disk") as device:
+        rows = loaded.map_rows()
+        transfer(device, 3, 3, 0, 0)
+        assert [0] * (biolat.ROW_BYTES // 8) == device_columns(rows, device)
+
+
+@needs_losetup
 def test_devices_beyond_the_slots_are_counted_together(tmp_path: Path) -> None:
     """More devices than there are slots: each request is counted, those of the last devices as `other`."""
-    with probe(biolat.SPEC, BiolatConfig()) as loaded, ExitStack() as stack:
+    with probe(biolat.SPEC, BiolatConfig(exclude_devices=[])) as loaded, ExitStack() as stack:
         existing = {path.name for path in Path("/dev").glob("loop*")}
         stack.callback(remove_new_loops, existing)
         devices = [stack.enter_context(loop_device(tmp_path / str(n))) for n in range(biolat.DEVICES + 2)]
@@ -334,7 +343,7 @@ def test_a_load_that_fails_half_way_leaves_nothing(monkeypatch: pytest.MonkeyPat
 def test_no_descriptor_outlives_the_supervisors_program() -> None:
     """When another code takes the supervisor's place by exec, the probes of the old one end, and their programs."""
     before = set(os.listdir("/proc/self/fd"))
-    with probe(biolat.SPEC, BiolatConfig()):
+    with probe(biolat.SPEC, BiolatConfig(exclude_devices=[])):
         ours = {fd for fd in set(os.listdir("/proc/self/fd")) - before if os.path.lexists(f"/proc/self/fd/{fd}")}
         assert len(ours) > len(biolat.SPEC.tables)
         assert [] == [fd for fd in ours if os.get_inheritable(int(fd))]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from kon_agent.bpf import biolat, latency, runqlat
+from kon_agent.config.schema import BiolatConfig
 
 EBPF = Path(__file__).parents[3] / "ebpf"
 
@@ -21,7 +23,9 @@ def number(header: str, name: str) -> int:
 
 def asserted_bytes(header: str) -> int:
     """Return the one size that a header asserts."""
-    (size,) = re.findall(r"_Static_assert\(sizeof\(struct \w+\) == (\d+)", (EBPF / header).read_text(encoding="utf-8"))
+    (size,) = re.findall(
+        r"_Static_assert\(sizeof\(struct \w*(?:row|latency)\) == (\d+)", (EBPF / header).read_text(encoding="utf-8")
+    )
     return int(size)
 
 
@@ -55,6 +59,14 @@ def test_a_device_number_is_the_kernels(word: int, major_minor: tuple[int, int])
     """Twelve bits of major number over twenty of minor number."""
     assert number("kon_biolat.h", "KON_MINOR_BITS") == 20
     assert major_minor == biolat.device_number(word)
+
+
+def test_what_is_left_out_as_a_whole_is_left_out_in_the_kernel() -> None:
+    """A pattern for all devices of a kind is the bit of its major number; any other is for user space."""
+    header = (EBPF / "kon_biolat.h").read_text(encoding="utf-8")
+    assert f"sizeof(struct kon_biolat_settings) == {biolat.SETTINGS_BYTES}" in header
+    assert (1 << 7 | 1 << 1).to_bytes(4, sys.byteorder) == biolat.settings(BiolatConfig())
+    assert bytes(4) == biolat.settings(BiolatConfig(exclude_devices=["loop1", "nvme*"]))
 
 
 def test_a_histogram_is_read_where_it_begins() -> None:

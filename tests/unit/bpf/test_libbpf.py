@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -97,3 +98,11 @@ def test_errno_text_uses_the_kernels_word() -> None:
     """95 has two names in errno.h; the network's is shown."""
     assert "EOPNOTSUPP: Operation not supported" == libbpf.errno_text(errno.EOPNOTSUPP)
     assert libbpf.errno_text(524).startswith("errno 524: ")
+
+
+@pytest.mark.parametrize(("text", "count"), [("0\n", 1), ("0-1\n", 2), ("0-3,8-11\n", 12), ("0,2\n", 3)])
+def test_every_cpu_number_has_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, count: int) -> None:
+    """Numbers may be missing in between: there must be a row up to the last one."""
+    (tmp_path / "possible").write_text(text)
+    monkeypatch.setattr(libbpf, "POSSIBLE_CPUS", str(tmp_path / "possible"))
+    assert count == libbpf.Library.possible_cpus(libbpf.Library.__new__(libbpf.Library))

@@ -169,3 +169,17 @@ def test_a_paused_plugin_keeps_its_instrument(plugin: tuple[Plugin, Journal]) ->
     made.unit.gone(ended(made.unit.child), START_NS)
     made.unit.pause("too much memory", START_NS)
     assert "close" not in journal.notes
+
+
+def test_a_bug_in_an_instrument_is_one_plugins_affair(plugin: tuple[Plugin, Journal]) -> None:
+    """Whatever opening raises is a death with its reason, and closing cannot end the supervisor."""
+    made, journal = plugin
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("never thought of")
+
+    journal.open = journal.close = fail  # type: ignore[method-assign]
+    made.unit.spawn(START_NS)
+    assert (None, "could not be started: RuntimeError: never thought of") == (made.unit.pid, made.unit.last_exit)
+    made.unit.is_wanted = False
+    made.unit.stop(START_NS)
