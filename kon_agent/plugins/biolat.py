@@ -21,18 +21,17 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from kon_agent.bpf.biolat import DEVICE, DEVICES, MISSED, OPERATIONS, ROW_BYTES, SLOTS, SPEC, device_number
 from kon_agent.bpf.latency import BOUNDS_S, LATENCY_WORDS, Latency, latency_of
-from kon_agent.bpf.origin import origin_of
 from kon_agent.bpf.rows import sum_rows
 from kon_agent.config.schema import BiolatConfig
 from kon_agent.errors import NoData
 from kon_agent.metric import Metric, MetricType
 from kon_agent.plugins import procfs
 from kon_agent.plugins.context import Context
-from kon_agent.plugins.probed import histogram, origin_metrics
+from kon_agent.plugins.probed import Probed, histogram
 
 NAME = "disk_io_latency_seconds"
 MISSED_NAME = "disk_io_latency_missed_total"
@@ -44,7 +43,7 @@ _MS_PER_S = 1000
 _COMPLETED_AND_MS = {"read": ((3, 6),), "write": ((7, 10),), "other": ((14, 17), (18, 19))}
 
 
-class Biolat:
+class Biolat(Probed):
     """Report how long the requests of every block device took.
 
     Args:
@@ -53,19 +52,8 @@ class Biolat:
     """
 
     def __init__(self, config: BiolatConfig, context: Context) -> None:
+        super().__init__("biolat", context)
         self._exclude = config.exclude_devices
-        self._context = context
-        self._origin = origin_of(context.grants)
-        self._rows = context.grants.get("rows")
-
-    def collect(self) -> Iterable[Metric]:
-        """Return the requests so far, and where they come from.
-
-        Raises:
-            BpfError: the rows are not what this version's program writes.
-        """
-        found = self._from_procfs() if self._rows is None else self._from_rows(self._rows)
-        return [*origin_metrics("biolat", self._origin), *found]
 
     def _from_rows(self, rows: memoryview) -> Iterator[Metric]:
         cpus = SPEC.cpus_of(rows)

@@ -17,16 +17,16 @@ machine's.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from kon_agent.bpf import btf, drops
-from kon_agent.bpf.origin import origin_of
 from kon_agent.config.schema import DropsConfig
 from kon_agent.errors import BpfError
 from kon_agent.metric import Metric, MetricType
-from kon_agent.plugins import netstat, probed
+from kon_agent.plugins import netstat
 from kon_agent.plugins.context import Context
 from kon_agent.plugins.netstat import Counters
+from kon_agent.plugins.probed import Probed
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ _COUNTERS: dict[str, tuple[str, ...]] = {
 """Reason to the counters, as nstat(8) calls them, whose sum counts the same drops."""
 
 
-class Drops:
+class Drops(Probed):
     """The collector.
 
     Args:
@@ -73,23 +73,16 @@ class Drops:
     """
 
     def __init__(self, config: DropsConfig, context: Context) -> None:
-        self._context = context
-        self._origin = origin_of(context.grants)
-        self._rows = context.grants.get("rows") if self._origin.source == "bpf" else None
+        super().__init__("drops", context)
         self._names = _read_names(context) if self._rows is not None else {}
 
-    def collect(self) -> Iterable[Metric]:
-        """Return the drops of this moment by reason, and where the figures come from.
+    def _from_rows(self, rows: memoryview) -> list[Metric]:
+        return _metrics(drops.read(rows, self._names), {})
 
-        Raises:
-            BpfError: the rows are not what the supervisor maps.
-        """
-        metrics = list(probed.origin_metrics("drops", self._origin))
-        if self._rows is not None:
-            return metrics + _metrics(drops.read(self._rows, self._names), {})
+    def _from_procfs(self) -> list[Metric]:
         counted = _from_counters(netstat.read(self._context))
         counted |= _parse_softnet(netstat.read_text(self._context, SOFTNET_STAT))
-        return metrics + _metrics(counted, {"source": "procfs"})
+        return _metrics(counted, {"source": "procfs"})
 
 
 def _metrics(counted: Mapping[str, int], labels: Mapping[str, str]) -> list[Metric]:

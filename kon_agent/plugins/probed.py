@@ -1,13 +1,44 @@
-"""What the plugins that read BPF rows have in common: histograms, and the word on where their figures come from."""
+"""What the plugins that read a probe's rows have in common: rows or procfs, the word on which, and histograms."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
-from kon_agent.bpf.origin import Origin
+from kon_agent.bpf.origin import Origin, origin_of
 from kon_agent.clock import NS_PER_S
 from kon_agent.metric import Metric, MetricType
+from kon_agent.plugins.context import Context
+
+
+class Probed:
+    """A collector that reads a probe's rows, or procfs where there are none.
+
+    Args:
+        plugin: its name.
+        context: with the grants `rows` and `origin`; without them procfs is read.
+    """
+
+    def __init__(self, plugin: str, context: Context) -> None:
+        self._plugin = plugin
+        self._context = context
+        self._origin = origin_of(context.grants)
+        self._rows = context.grants.get("rows")
+
+    def collect(self) -> Iterable[Metric]:
+        """Return what was counted until now, and where the figures come from.
+
+        Raises:
+            BpfError: the rows are not what this version's programs write.
+        """
+        found = self._from_procfs() if self._rows is None else self._from_rows(self._rows)
+        return [*origin_metrics(self._plugin, self._origin), *found]
+
+    def _from_rows(self, rows: memoryview) -> Iterable[Metric]:
+        raise NotImplementedError
+
+    def _from_procfs(self) -> Iterable[Metric]:
+        raise NotImplementedError
 
 
 def histogram(

@@ -12,10 +12,9 @@ and count since boot, labelled `source="procfs"`, with the one bucket that has n
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from kon_agent.bpf.latency import BOUNDS_S, Latency, latency_of
-from kon_agent.bpf.origin import origin_of
 from kon_agent.bpf.rows import sum_rows
 from kon_agent.bpf.runqlat import MISSED, ROW_BYTES, SPEC
 from kon_agent.clock import NS_PER_S
@@ -24,7 +23,7 @@ from kon_agent.errors import NoData
 from kon_agent.metric import Metric, MetricType
 from kon_agent.plugins import procfs
 from kon_agent.plugins.context import Context
-from kon_agent.plugins.probed import histogram, origin_metrics
+from kon_agent.plugins.probed import Probed, histogram
 
 NAME = "scheduler_run_queue_latency_seconds"
 MISSED_NAME = "scheduler_run_queue_missed_total"
@@ -32,7 +31,7 @@ MISSED_NAME = "scheduler_run_queue_missed_total"
 _RUN_DELAY, _TIMESLICES = 8, 9  # fields of a `cpu` line, its name being field 0; the same since version 14
 
 
-class Runqlat:
+class Runqlat(Probed):
     """Report how long tasks waited to run, per CPU or of the whole machine.
 
     Args:
@@ -41,19 +40,8 @@ class Runqlat:
     """
 
     def __init__(self, config: RunqlatConfig, context: Context) -> None:
+        super().__init__("runqlat", context)
         self._per_cpu = config.per_cpu
-        self._context = context
-        self._origin = origin_of(context.grants)
-        self._rows = context.grants.get("rows")
-
-    def collect(self) -> Iterable[Metric]:
-        """Return the waits so far, and where they come from.
-
-        Raises:
-            BpfError: the rows are not what this version's program writes.
-        """
-        found = self._from_procfs() if self._rows is None else self._from_rows(self._rows)
-        return [*origin_metrics("runqlat", self._origin), *found]
 
     def _from_rows(self, rows: memoryview) -> Iterator[Metric]:
         cpus = SPEC.cpus_of(rows)

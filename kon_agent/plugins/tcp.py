@@ -21,15 +21,16 @@ load are closed without having been opened. Kernels before 6.10 tell of the rese
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from kon_agent.bpf import tcp
-from kon_agent.bpf.origin import Origin, origin_of
+from kon_agent.bpf.origin import Origin
 from kon_agent.config.schema import TcpConfig
 from kon_agent.metric import Metric, MetricType
-from kon_agent.plugins import netstat, probed
+from kon_agent.plugins import netstat
 from kon_agent.plugins.context import Context
 from kon_agent.plugins.netstat import Counters
+from kon_agent.plugins.probed import Probed, histogram
 
 SOCKSTAT, SOCKSTAT6 = "/proc/net/sockstat", "/proc/net/sockstat6"
 
@@ -53,7 +54,7 @@ _SOCKETS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
-class Tcp:
+class Tcp(Probed):
     """The collector.
 
     Args:
@@ -62,24 +63,21 @@ class Tcp:
     """
 
     def __init__(self, config: TcpConfig, context: Context) -> None:
-        self._context = context
-        self._origin = origin_of(context.grants)
-        self._rows = context.grants.get("rows") if self._origin.source == "bpf" else None
+        super().__init__("tcp", context)
 
-    def collect(self) -> Iterable[Metric]:
-        """Return the counts of this moment, and where they come from.
+    def _from_rows(self, rows: memoryview) -> Iterator[Metric]:
+        yield from _counted(tcp.read(rows), self._origin)
+        yield from self._sockets(netstat.read(self._context))
 
-        Raises:
-            BpfError: the rows are not what the supervisor maps.
-        """
+    def _from_procfs(self) -> Iterator[Metric]:
         counters = netstat.read(self._context)
-        metrics = list(probed.origin_metrics("tcp", self._origin))
-        if self._rows is not None:
-            metrics += _counted(tcp.read(self._rows), self._origin)
-        else:
-            metrics += _from_procfs(counters)
+        yield from _from_procfs(counters)
+        yield from self._sockets(counters)
+
+    def _sockets(self, counters: Counters) -> Iterator[Metric]:
+        """Yield how many sockets there are now, which only procfs tells."""
         sockets = "".join(netstat.read_text(self._context, path) for path in (SOCKSTAT, SOCKSTAT6))
-        return metrics + list(_sockets(counters | _parse_sockstat(sockets)))
+        yield from _sockets(counters | _parse_sockstat(sockets))
 
 
 def _counted(counts: tcp.Counts, origin: Origin) -> Iterator[Metric]:
@@ -97,7 +95,7 @@ def _counted(counts: tcp.Counts, origin: Origin) -> Iterator[Metric]:
     if tcp.RECEIVED_RESETS not in origin.left_out:
         yield _metric("tcp_resets_received_total", counts.resets_received)
     for name, seen in (("tcp_connect_latency_seconds", counts.connect), ("tcp_rtt_seconds", counts.rtt)):
-        yield from probed.histogram(name, tcp.BOUNDS_S, seen.counts, seen.total_s, {})
+        yield from histogram(name, tcp.BOUNDS_S, seen.counts, seen.total_s, {})
 
 
 def _from_procfs(counters: Counters) -> Iterator[Metric]:
