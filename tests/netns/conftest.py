@@ -12,13 +12,20 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
+
+from kon_agent.receiver import pki
+from tests.support.agent import AGENT_ID, Agent
+from tests.support.receiver import Receiver
 
 CLONE_NEWNET = 0x40000000  # linux/sched.h
 DEADLINE_S = 10.0  # a veth delivers within microseconds; this is for a machine under load
@@ -125,6 +132,31 @@ def link() -> Iterator[Link]:
             run(*ip, "neighbour", "add", *neighbour, "dev", end.interface)
         cleanup.enter_context(here.entered())
         yield Link(here, there)
+
+
+@dataclass(frozen=True)
+class Station:
+    """A receiver in `here`, and the folder with its certificates and those of an agent: AGENT_ID."""
+
+    folder: Path
+    receiver: Receiver
+    prefix: tuple[str, ...]
+
+    def agent(self, plugins: dict[str, dict[str, Any]]) -> Agent:
+        """Return an agent of these plugins, not started yet."""
+        return Agent(self.folder, self.receiver.port, self.folder, plugins, prefix=self.prefix)
+
+
+@pytest.fixture
+def station(link: Link) -> Iterator[Station]:
+    """Start the receiver."""
+    prefix = ("ip", "netns", "exec", link.here.name)
+    with tempfile.TemporaryDirectory(prefix="kon-") as name:
+        folder = Path(name)
+        pki.init(folder, [])
+        pki.agent(folder, AGENT_ID)
+        with Receiver(folder, folder, prefix=prefix) as receiver:
+            yield Station(folder, receiver, prefix)
 
 
 @pytest.fixture

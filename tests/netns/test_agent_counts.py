@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kon_agent.receiver import pki
-from tests.support.agent import AGENT_ID, Agent
+from tests.support.agent import Agent
 from tests.support.receiver import Receiver
 from tests.support.waiting import wait_for
 
@@ -47,19 +44,11 @@ class Setup:
 
 
 @pytest.fixture
-def setup(link: Any) -> Iterator[Setup]:
+def setup(link: Any, station: Any) -> Iterator[Setup]:
     """Start receiver and agent in the namespace at this end."""
-    prefix = ("ip", "netns", "exec", link.here.name)
-    with tempfile.TemporaryDirectory(prefix="kon-") as name:
-        folder = Path(name)
-        pki.init(folder, [])
-        pki.agent(folder, AGENT_ID)
-        with (
-            Receiver(folder, folder, prefix=prefix) as receiver,
-            Agent(folder, receiver.port, folder, {"ebpf": {}}, prefix=prefix) as agent,
-        ):
-            agent.wait_until_running()
-            yield Setup(agent, receiver, link.here.name, link.there.name, link.here.address)
+    with station.agent({"ebpf": {}}) as agent:
+        agent.wait_until_running()
+        yield Setup(agent, station.receiver, link.here.name, link.there.name, link.here.address)
 
 
 def test_a_thousand_pings_are_a_thousand_packets(setup: Setup) -> None:

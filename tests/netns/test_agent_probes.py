@@ -6,18 +6,15 @@ import os
 import shutil
 import socket
 import struct
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kon_agent.control_protocol import Op
-from kon_agent.receiver import pki
-from tests.support.agent import AGENT_ID, Agent
+from tests.support.agent import Agent
 from tests.support.receiver import Receiver
 from tests.support.waiting import wait_for
 
@@ -47,23 +44,14 @@ class Setup:
 
 
 @pytest.fixture
-def setup(link: Any) -> Iterator[Setup]:
+def setup(station: Any) -> Iterator[Setup]:
     """Start receiver and agent in the namespace at this end; the agent counts that one alone."""
-    prefix = ("ip", "netns", "exec", link.here.name)
-    with tempfile.TemporaryDirectory(prefix="kon-") as name:
-        folder = Path(name)
-        pki.init(folder, [])
-        pki.agent(folder, AGENT_ID)
-        plugins = {"tcp": OWN, "drops": OWN}
-        with (
-            Receiver(folder, folder, prefix=prefix) as receiver,
-            Agent(folder, receiver.port, folder, plugins, prefix=prefix) as agent,
-        ):
-            agent.wait_until_running()
-            setup = Setup(agent, receiver)
-            wait_for(lambda: setup.stored("tcp", "ebpf_source", source="bpf"), "the programs of tcp are loaded")
-            wait_for(lambda: setup.stored("drops", "ebpf_source", source="bpf"), "the program of drops is loaded")
-            yield setup
+    with station.agent({"tcp": OWN, "drops": OWN}) as agent:
+        agent.wait_until_running()
+        setup = Setup(agent, station.receiver)
+        wait_for(lambda: setup.stored("tcp", "ebpf_source", source="bpf"), "the programs of tcp are loaded")
+        wait_for(lambda: setup.stored("drops", "ebpf_source", source="bpf"), "the program of drops is loaded")
+        yield setup
 
 
 def refuse(link: Any, times: int) -> None:

@@ -12,7 +12,6 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -33,8 +32,6 @@ from kon_agent.metric import Metric
 from kon_agent.page import PageWriter, page_size
 from kon_agent.plugins.context import Context
 from kon_agent.plugins.flows import Flows
-from kon_agent.receiver import pki
-from tests.support.agent import AGENT_ID, Agent
 from tests.support.program import environment_of
 from tests.support.receiver import Receiver
 from tests.support.waiting import wait_for
@@ -329,26 +326,18 @@ def stored(receiver: Receiver, name: str, **labels: str) -> list[float]:
     return [each.value for each in receiver.query("flows", name) if labels.items() <= each.labels.items()]
 
 
-def test_the_agent_reports_a_talker(link: Any) -> None:
+def test_the_agent_reports_a_talker(link: Any, station: Any) -> None:
     """Enabled in a running agent, through supervisor, worker and receiver: every byte of the flow, then none."""
-    prefix = ("ip", "netns", "exec", link.here.name)
-    with tempfile.TemporaryDirectory(prefix="kon-") as name:
-        folder = Path(name)
-        pki.init(folder, [])
-        pki.agent(folder, AGENT_ID)
-        sections: dict[str, dict[str, Any]] = {"ebpf": {"enable": False}, "flows": {"period": "500ms"}}
-        with (
-            Receiver(folder, folder, prefix=prefix) as receiver,
-            Agent(folder, receiver.port, folder, sections, prefix=prefix) as agent,
-        ):
-            agent.wait_until_running()
-            wait_for(lambda: bool(stored(receiver, "flow_bytes")), "there has been an interval", deadline_s=20)
-            link.there.send(TO_HERE + udp(7, 100), 200)
-            flow = {"interface": "kon0", "direction": "ingress", "src": address_of(7), "src_port": "1000"}
-            size = 200 * (14 + 28 + 100)
-            wait_for(lambda: sum(stored(receiver, "flow_bytes", **flow)) >= size, "the flow is stored", deadline_s=20)
-            assert float(size) == sum(stored(receiver, "flow_bytes", **flow))
-            assert stored(receiver, "flow_table_bytes")[-1] <= MEMORY_BYTES
+    receiver = station.receiver
+    with station.agent({"ebpf": {"enable": False}, "flows": {"period": "500ms"}}) as agent:
+        agent.wait_until_running()
+        wait_for(lambda: bool(stored(receiver, "flow_bytes")), "there has been an interval", deadline_s=20)
+        link.there.send(TO_HERE + udp(7, 100), 200)
+        flow = {"interface": "kon0", "direction": "ingress", "src": address_of(7), "src_port": "1000"}
+        size = 200 * (14 + 28 + 100)
+        wait_for(lambda: sum(stored(receiver, "flow_bytes", **flow)) >= size, "the flow is stored", deadline_s=20)
+        assert float(size) == sum(stored(receiver, "flow_bytes", **flow))
+        assert stored(receiver, "flow_table_bytes")[-1] <= MEMORY_BYTES
 
 
 def test_a_trial_counts_flows(link: Any) -> None:

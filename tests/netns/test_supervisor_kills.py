@@ -7,7 +7,6 @@ import random
 import re
 import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,8 +18,7 @@ import pytest
 
 from kon_agent.bpf import objects
 from kon_agent.errors import BpfError
-from kon_agent.receiver import pki
-from tests.support.agent import AGENT_ID, Agent
+from tests.support.agent import Agent
 from tests.support.receiver import Receiver
 from tests.support.waiting import wait_for
 
@@ -93,19 +91,13 @@ class Scene:
 
 
 @pytest.fixture
-def scene(link: Any) -> Iterator[Scene]:
-    """Start the receiver."""
-    prefix = ("ip", "netns", "exec", link.here.name)
-    with tempfile.TemporaryDirectory(prefix="kon-") as name:
-        folder = Path(name)
-        pki.init(folder, [])
-        pki.agent(folder, AGENT_ID)
-        with Receiver(folder, folder, prefix=prefix) as receiver:
-            agent = Agent(folder, receiver.port, folder, PLUGINS, prefix=prefix)
-            try:
-                yield Scene(agent, receiver, link)
-            finally:
-                agent.clear()
+def scene(link: Any, station: Any) -> Iterator[Scene]:
+    """Start the receiver; the agent is the test's to start."""
+    agent = station.agent(PLUGINS)
+    try:
+        yield Scene(agent, station.receiver, link)
+    finally:
+        agent.clear()
 
 
 def killed_while_starting(scene: Scene, dice: random.Random) -> Holdings:
