@@ -112,7 +112,7 @@ class Hooks:
             if egress.fd >= 0:
                 self._library.exchange(egress.fd, self._programs[TC_PROGRAM])
             elif egress.mode == "clsact":
-                self._put_filter(ifindex)
+                self._put_filter(ifindex, is_ours=True)  # so nobody's descriptors need to be looked through for it
             return ingress.fd < 0 or any(self._is_exchanged(ingress.fd, fd) for fd in self._xdp_programs())
         except (BpfError, OSError):
             return False
@@ -216,14 +216,14 @@ class Hooks:
             return Ingress("none", reason_of(number, "a device above has a program"), is_blocked_above=True)
         return Ingress("none", reason_of(number))
 
-    def _put_filter(self, ifindex: int) -> bool:
+    def _put_filter(self, ifindex: int, *, is_ours: bool = False) -> bool:
         """Put our filter in place, of the lowest priority there is; return whether the qdisc was added for it."""
         has_added = tc.add_clsact(ifindex)
         if not has_added and tc.qdisc_kind(ifindex) != "clsact":
             raise OSError(errno.EBUSY, "another qdisc has the place of clsact")
         present = tc.filters(ifindex)
         own = next((each for each in present if _is_own(each)), None)
-        if own and not surroundings.is_unattended(own.program_id):
+        if own and not is_ours and not surroundings.is_unattended(own.program_id):
             raise OSError(errno.EBUSY, "another agent's filter")
         taken = {each.priority for each in present}
         priority = own.priority if own else next((n for n in range(1, MAX_PRIORITY) if n not in taken), MAX_PRIORITY)

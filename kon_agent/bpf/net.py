@@ -219,6 +219,9 @@ class NetCounters:
 
         A refusal is no error: that direction has mode "none" and a reason, which begins with "busy" where
         another program is in the way. An interface already watched is attached anew.
+
+        Raises:
+            BpfError, OSError: the kernel, or /proc, does not say what is in the way; it is not watched then.
         """
         self.detach(ifindex)
         slot = self._take_slot(ifindex, name)
@@ -226,20 +229,22 @@ class NetCounters:
             limit = layout.slots_for(self._cpus)
             reason = f"no free slot: {len(self._watched)} interfaces are watched, {limit} at most can be counted"
             return self._keep(_Watched(ifindex, name, None, Ingress("none", reason), Egress("none", reason)))
-        ingress = self._attach_ingress(ifindex, name)
-        return self._keep(_Watched(ifindex, name, slot, ingress, self._hooks.attach_egress(ifindex, ingress)))
+        ingress = Ingress("none")
+        try:
+            ingress = self._attach_ingress(ifindex, name)
+            egress = self._hooks.attach_egress(ifindex, ingress)
+        except (BpfError, OSError):  # a link nobody knows of would be in its own way, a slot be lost
+            ingress.release()
+            self._release_slot(ifindex, slot)
+            raise
+        return self._keep(_Watched(ifindex, name, slot, ingress, egress))
 
     def restrict(self, patterns: Sequence[str]) -> None:
-        """Attach to the way in of interfaces whose name matches generically only, now and from now on."""
+        """Attach to the way in of interfaces whose name matches generically only; `mend` has those in use follow."""
         self._generic = tuple(patterns)
-        for watched in list(self._watched.values()):
-            is_asked = interfaces.matches(watched.name, self._generic)
-            reason = watched.ingress.reason
-            if watched.ingress.mode != "none" and reason != BOND and is_asked != (reason == ASKED):
-                self.attach(watched.ifindex, watched.name)
 
     def mend(self, ifindex: int, *, is_thorough: bool) -> bool:
-        """Attach what is not attached, or no longer; return whether anything has changed.
+        """Attach what is not attached, no longer, or not in the way asked for; return whether anything has changed.
 
         Args:
             ifindex: a watched interface.
@@ -249,7 +254,7 @@ class NetCounters:
             BpfError: the kernel does not say what is attached.
         """
         watched = self._watched[ifindex]
-        if not self._hooks.is_attached(ifindex, watched.ingress, watched.egress):
+        if self._is_otherwise(watched) or not self._hooks.is_attached(ifindex, watched.ingress, watched.egress):
             self.attach(ifindex, watched.name)
             return True
         lacks_ingress = watched.ingress.mode == "none"
@@ -305,6 +310,12 @@ class NetCounters:
             self._keep(replace(above, ingress=self._attach_ingress(above.ifindex, above.name)))
         # Still blocked, by what is out of sight: do not have them yield again at every change of a link.
         return replace(found, is_blocked_above=False)
+
+    def _is_otherwise(self, watched: _Watched) -> bool:
+        """Whether the way in is attached in another way than `restrict` asks for."""
+        reason = watched.ingress.reason
+        is_asked = interfaces.matches(watched.name, self._generic)
+        return watched.ingress.mode != "none" and reason != BOND and is_asked != (reason == ASKED)
 
     def _why_generic(self, name: str) -> str:
         return BOND if interfaces.is_bond(name) else ASKED if interfaces.matches(name, self._generic) else ""

@@ -69,6 +69,8 @@ def evict_orphaned(ifindex: int, occupant: Occupant) -> bool:
     What the kernel or the privileges at hand do not allow is not done: the link may be looked at with CAP_SYS_ADMIN,
     its holders where /proc shows them.
     """
+    if not is_any_orphaned():
+        return False
     try:
         for fd, link in objects.links():
             is_it = (link.kind, link.program_id, link.ifindex) == (
@@ -94,9 +96,25 @@ def is_abandoned(found: list[Holder]) -> bool:
 
 def holders(line: str, root: str = "/proc") -> Iterator[Holder]:
     """Yield every other process that has a descriptor whose fdinfo contains `line`, as far as /proc shows them."""
-    for pid in (name for name in os.listdir(root) if name.isdigit() and int(name) != os.getpid()):
-        if _has(f"{root}/{pid}/fdinfo", line):
-            yield Holder(_title(f"{root}/{pid}"), _title(f"{root}/{_parent(f'{root}/{pid}')}"))
+    for folder in _others(root):
+        if _has(f"{folder}/fdinfo", line):
+            yield _holder(folder, root)
+
+
+def is_any_orphaned(root: str = "/proc") -> bool:
+    """Whether there is an orphaned child of an agent at all, whatever it holds.
+
+    Asked first: to look through every descriptor of a large machine takes seconds, and there is hardly ever one.
+    """
+    return any(_holder(folder, root).is_orphan for folder in _others(root) if _title(folder).startswith(_CHILD_TITLES))
+
+
+def _others(root: str) -> Iterator[str]:
+    return (f"{root}/{name}" for name in os.listdir(root) if name.isdigit() and int(name) != os.getpid())
+
+
+def _holder(folder: str, root: str) -> Holder:
+    return Holder(_title(folder), _title(f"{root}/{_parent(folder)}"))
 
 
 def _has(folder: str, line: str) -> bool:

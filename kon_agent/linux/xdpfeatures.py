@@ -5,6 +5,7 @@ Documentation/netlink/specs/netdev.yaml, from Linux 6.3 on. Nothing is attached 
 
 from __future__ import annotations
 
+import errno
 import struct
 
 from kon_agent.linux import rtnetlink
@@ -24,12 +25,14 @@ def read_xdp_features() -> dict[int, int]:
     """Return what each device's driver can do, bits of `enum netdev_xdp_act`, by ifindex.
 
     Raises:
-        OSError: the kernel does not tell: ENOENT before Linux 6.3.
+        OSError: the kernel does not tell: ENOENT before Linux 6.3, EPROTO where its answer is none.
     """
     name = rtnetlink.attribute(_CTRL_ATTR_FAMILY_NAME, b"netdev\0")
     answers = rtnetlink.ask(_GENL_ID_CTRL, _HEAD.pack(_CTRL_CMD_GETFAMILY, 1, 0) + name, protocol=_NETLINK_GENERIC)
-    family = _U16.unpack(rtnetlink.attributes(answers[0][_HEAD.size :])[_CTRL_ATTR_FAMILY_ID])[0]
-    devices = rtnetlink.ask(family, _HEAD.pack(_DEV_GET, 1, 0), is_dump=True, protocol=_NETLINK_GENERIC)
+    family = rtnetlink.attributes(b"".join(answers[:1])[_HEAD.size :]).get(_CTRL_ATTR_FAMILY_ID, b"")
+    if len(family) != _U16.size:
+        raise OSError(errno.EPROTO, "generic netlink does not say the number of its family netdev")
+    devices = rtnetlink.ask(_U16.unpack(family)[0], _HEAD.pack(_DEV_GET, 1, 0), is_dump=True, protocol=_NETLINK_GENERIC)
     return dict(filter(None, map(parse_device, devices)))
 
 

@@ -133,9 +133,10 @@ class NetworkWatch:
         self._look(clock.now_ns())
 
     def _on_change(self) -> None:
-        """Look again if a link has changed."""
-        if self._monitor is not None and netlink.drain(self._monitor):
-            self._look(clock.now_ns())
+        """Look again if a link has changed; where a look is due, `tick` takes it, and the loop pays for one only."""
+        now_ns = clock.now_ns()
+        if self._monitor is not None and netlink.drain(self._monitor) and now_ns < self._look_at_ns:
+            self._look(now_ns)
 
     def _look(self, now_ns: int) -> None:
         """Bring what is attached up to date; plan the next look."""
@@ -217,6 +218,8 @@ class NetworkWatch:
         for attachment in counters.attachments():
             if counters.mend(attachment.ifindex, is_thorough=is_thorough):
                 _tell(counters.attachment(attachment.ifindex))
+                if clock.now_ns() > until_ns:  # only after what need not be done again: so all have their turn
+                    return False
         return True
 
     def count_flows(self, memory_bytes: int) -> FlowCount:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from kon_agent.bpf import interfaces, layout, libbpf
+from kon_agent.bpf import interfaces, layout, libbpf, objects, surroundings
 from kon_agent.bpf.layout import Interface
 from kon_agent.bpf.net import NetCounters
 from kon_agent.errors import BpfError
@@ -335,7 +335,17 @@ def test_a_foreign_program_above_is_left_alone(link: Any, counters: NetCounters)
     assert "native" == counters.attachments()[0].ingress_mode
 
 
-# ── our own, left behind ──────────────────────────────────────────────────────────────────────────────────────────
+def test_nothing_yields_where_that_is_in_vain(link: Any, counters: NetCounters) -> None:
+    """Of two macvlans in sight one has a foreign program: ours on the other keeps its link, and misses no packet."""
+    for name in ("konmac", "konfar"):
+        ip("link", "add", name, "link", "kon0", "type", "macvlan", "mode", "bridge")
+    held = foreign.link_xdp(socket.if_nametoindex("konfar"), GENERIC)
+    counters.attach(socket.if_nametoindex("konmac"), "konmac")
+    before = objects.link_of(counters.capture().watched[0].link_fds[0])
+    assert "none" == counters.attach(link.here.ifindex(), "kon0").ingress_mode
+    assert not counters.mend(link.here.ifindex(), is_thorough=True)
+    assert before == objects.link_of(counters.capture().watched[0].link_fds[0])
+    os.close(held)
 
 
 def test_what_is_above_and_out_of_sight(link: Any, counters: NetCounters) -> None:
@@ -356,6 +366,9 @@ def test_what_is_above_and_out_of_sight(link: Any, counters: NetCounters) -> Non
     os.close(held)
     assert counters.mend(link.here.ifindex(), is_thorough=True)
     assert "native" == counters.attachments()[1].ingress_mode
+
+
+# ── our own, left behind ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def orphan_holding(fd: int, title: str) -> int:
@@ -464,6 +477,24 @@ def test_a_filter_taken_away_comes_back(link: Any, counters: NetCounters, withou
 
 
 # ── interfaces come and go ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_filter_of_ours_is_exchanged_without_asking_whose_it_is(
+    link: Any, counters: NetCounters, without_tcx: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To look through all descriptors of a large machine takes seconds, for each interface."""
+    before = counters.attach(link.here.ifindex(), "kon0")
+    asked: list[str] = []
+
+    def nobody(line: str) -> list[Any]:
+        asked.append(line)
+        return []
+
+    monkeypatch.setattr(surroundings, "holders", nobody)
+    counters.run(None)
+    assert ([], [before], "clsact") == (asked, counters.attachments(), before.egress_mode)
+    transmit("kon0", BROADCAST)
+    assert FRAMES == udp(counters, before, "egress")[0]
 
 
 def test_recreated_with_the_same_number_and_name(link: Any, counters: NetCounters) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import struct
 import subprocess
 from bisect import bisect_left
 from collections import Counter
@@ -31,6 +32,7 @@ pytestmark = [pytest.mark.root, pytest.mark.bpf, pytest.mark.netns]
 N = 25
 MTU = 2000
 UDP_SEGMENT = 103  # linux/udp.h
+SOL_PACKET, PACKET_VNET_HDR = 263, 15  # linux/if_packet.h
 Eventually = Callable[[Callable[[], bool]], bool]
 
 
@@ -284,3 +286,27 @@ def test_super_packets_of_udp_are_the_frames_they_become(
     assert 9500 + 10 * 42 == left().bytes["udp"]
     assert flat(left())["udp bytes"] == flat(arrived())["udp bytes"]
     assert left().sizes["udp"] == arrived().sizes["udp"]
+
+
+@pytest.mark.parametrize("options", [0, 12, 40])
+@pytest.mark.parametrize("ip", ["IPv4", "IPv6"])
+def test_super_packets_of_a_guest_are_the_frames_they_become(
+    link: Any, counters: NetCounters, ip: str, options: int
+) -> None:
+    """A packet socket, as a virtual machine's tap, hands one over without saying how many frames it is."""
+    at = counters.attach(link.here.ifindex(), "kon0")
+    if at.egress_mode == "none":
+        pytest.skip(f"needs egress: {at.egress_reason}")
+    make, kind, network = (ipv4, 1, 20) if ip == "IPv4" else (ipv6, 4, 40)
+    headers = 14 + network + 20 + options
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as raw:
+        raw.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
+        raw.bind(("kon0", 0))
+        for last in (1, 17, 959, 960, 983, 984, 999, 1000):
+            before = traffic(counters, at, "egress")
+            rest = make(6, tcp(data_offset=5 + options // 4, payload=bytes(options + 2000 + last)))
+            offload = struct.pack("=BBHHHH", 1, kind, headers, 1000, 14 + network, 16)  # struct virtio_net_hdr
+            raw.send(offload + ethernet.THERE + ethernet.HERE + rest)
+            after = traffic(counters, at, "egress")
+            grown = after.packets("tcp") - before.packets("tcp"), after.bytes["tcp"] - before.bytes["tcp"]
+            assert (last, (3, 2000 + last + 3 * headers)) == (last, grown)

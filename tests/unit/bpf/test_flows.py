@@ -169,26 +169,30 @@ def test_an_entry_that_changes_hands_is_passed_over(monkeypatch: pytest.MonkeyPa
 def test_half_an_entry_is_nobody_s() -> None:
     """While the generation is odd, for as long as that takes."""
     kernel = FlowKernel(1, 1)
+    for flow in range(8):
+        kernel.count(0, key(flow), 1000)  # whose bytes are still there when the new key is
     reader = table(kernel)
     reader.read(10)
-    stores = kernel.stores(0, key(1), 30)
-    for _ in range(8):
+    stores = kernel.stores(0, key(8), 30)
+    for _ in range(10):
         next(stores)
         assert {} == reader.read(10).grown
     for _ in stores:
         continue
-    assert {key(1): Amount(30, 1)} == reader.read(10).grown
+    assert {key(8): Amount(30, 1)} == reader.read(10).grown
 
 
 def test_a_key_is_not_found_where_it_only_seems_to_be() -> None:
     """Counts that look like a key, across the border of two entries, are none."""
     kernel = FlowKernel(1, 1)
     reader = table(kernel)
+    for other in (2, 3):  # theirs are the first two entries
+        kernel.count(0, key(other), 30)
     reader.read(1)
     kernel.count(0, key(1), 30)
     flow = key(1)
-    struct.pack_into("24s", kernel.memory, 64 + 40, flow[:24])
-    struct.pack_into("16s", kernel.memory, 128, flow[24:])
+    struct.pack_into("24s", kernel.memory, 40, flow[:24])
+    struct.pack_into("16s", kernel.memory, 64, flow[24:])
     assert {flow: Amount(30, 1)} == reader.read(1).grown
 
 

@@ -124,7 +124,7 @@ def test_a_filter_goes_on_and_goes_away(
 ) -> None:
     """It is set anew over itself, known to be ours, and taken away with its interface."""
     renewed: list[int] = []
-    monkeypatch.setattr(hooks.Hooks, "_put_filter", lambda self, ifindex: renewed.append(ifindex))
+    monkeypatch.setattr(hooks.Hooks, "_put_filter", lambda self, ifindex, **_: renewed.append(ifindex))
     new = NetCounters.adopt(with_filter(duplicated(old.capture())), str(object_path))
     assert new is not None
     assert ([7], "clsact", []) == (renewed, new.attachment(7).egress_mode, removed)

@@ -252,7 +252,30 @@ def test_a_driver_is_spared_where_that_is_asked_for(counters: NetCounters, kerne
     assert "native" == counters.attach(8, "eth0").ingress_mode
     kernel.links.clear()
     counters.restrict(["veth*"])
+    assert [False, False] == [counters.mend(ifindex, is_thorough=False) for ifindex in (7, 8)]
     assert [] == kernel.links
     counters.restrict(["eth*"])
+    assert [True, True] == [counters.mend(ifindex, is_thorough=False) for ifindex in (7, 8)]
+    assert [False, False] == [counters.mend(ifindex, is_thorough=True) for ifindex in (7, 8)]
     assert {"veth0": "native", "eth0": "generic"} == {each.name: each.ingress_mode for each in counters.attachments()}
     assert [NATIVE, TCX, GENERIC, TCX] == kernel.links
+
+
+@pytest.mark.parametrize("error", [BpfError("the kernel does not say"), OSError(errno.EMFILE, "no descriptor left")])
+def test_what_cannot_be_finished_leaves_nothing(
+    counters: NetCounters, kernel: Kernel, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """An error between the two directions takes the first one's link and the slot back; later all is as ever."""
+
+    def failing(*_: object) -> None:
+        raise error
+
+    before = os.listdir("/proc/self/fd")
+    with monkeypatch.context() as patch:
+        patch.setattr("kon_agent.bpf.hooks.Hooks.attach_egress", failing)
+        for _ in range(5):  # one more than there are slots
+            with pytest.raises(type(error)):
+                counters.attach(7, "eth0")
+    assert ({}, {}) == (kernel.table, counters.watched())
+    assert before == os.listdir("/proc/self/fd")
+    assert 0 <= counters.attach(7, "eth0").slot

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kon_agent.bpf.surroundings import SUPERVISOR_TITLE, Holder, Occupant, holders, is_abandoned
+from kon_agent.bpf.surroundings import SUPERVISOR_TITLE, Holder, Occupant, holders, is_abandoned, is_any_orphaned
 
 INIT = "/sbin/init"
 WORKER = Holder("kon-agent: worker cpu", SUPERVISOR_TITLE)
@@ -43,6 +43,17 @@ def test_holders_by_fdinfo(tmp_path: Path) -> None:
     (tmp_path / "12").mkdir()  # ending
     (tmp_path / "self").mkdir()
     assert [Holder("kon-agent: worker cpu", INIT)] == list(holders("link_id:\t77\n", str(tmp_path)))
+
+
+def test_no_orphan_no_search(tmp_path: Path) -> None:
+    """A living agent's children and other people's processes are none; an agent's child without an agent is one."""
+    process(tmp_path, 1, 0, INIT, {})
+    process(tmp_path, 10, 1, SUPERVISOR_TITLE, {3: "link_id:\t77\n"})
+    process(tmp_path, 11, 10, "kon-agent: worker cpu", {3: "link_id:\t77\n"})
+    process(tmp_path, 12, 1, "bash", {})
+    assert not is_any_orphaned(str(tmp_path))
+    process(tmp_path, 13, 1, "kon-agent: sender", {})
+    assert is_any_orphaned(str(tmp_path))
 
 
 def process(root: Path, pid: int, parent: int, title: str, fdinfo: dict[int, str]) -> None:

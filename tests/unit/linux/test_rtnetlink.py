@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import struct
+from itertools import islice
 
 import pytest
 from hypothesis import given
@@ -37,6 +38,14 @@ def test_any_bytes_are_read(data: bytes) -> None:
     """What is cut short or nonsense ends the reading and raises nothing."""
     rtnetlink.attributes(data)
     list(rtnetlink.messages(data))
+
+
+def test_impossible_lengths_end_the_reading() -> None:
+    """Shorter than their own head, at which it would stay for ever; longer than what is there, which would be cut."""
+    assert [] == list(islice(rtnetlink.messages(bytes(64)), 2))
+    assert {} == rtnetlink.attributes(bytes(8))
+    assert {} == rtnetlink.attributes(struct.pack("=HH", 9, 1) + b"four")
+    assert [] == list(rtnetlink.messages(struct.pack("=IHHII", 21, 16, 0, 1, 0) + b"four"))
 
 
 def test_messages_of_a_datagram() -> None:

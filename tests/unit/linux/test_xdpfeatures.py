@@ -33,3 +33,13 @@ def test_this_kernel_tells_of_the_loopback() -> None:
         assert errno.ENOENT == err.errno
         pytest.skip("needs Linux 6.3: generic netlink has no family `netdev`")
     assert 0 == features[1] & xdpfeatures.XDP_BASIC
+
+
+@pytest.mark.parametrize("answers", [[], [HEAD], [HEAD + rtnetlink.attribute(1, b"\1")]])
+def test_an_answer_that_is_none_is_an_error_of_the_system(
+    answers: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asks is ready for those alone."""
+    monkeypatch.setattr(rtnetlink, "ask", lambda *_, **__: answers)
+    with pytest.raises(OSError, match="generic netlink"):
+        read_xdp_features()

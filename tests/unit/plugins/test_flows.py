@@ -154,6 +154,29 @@ def test_an_interface_in_a_slot_of_another_begins_anew() -> None:
     assert {("veth9", "ingress"): 700.0} == by_line(host.collect(), "flow_bytes")
 
 
+def test_whoever_has_the_slot_now_owes_nothing_to_whom_it_was_taken_from() -> None:
+    """An interface made anew under its name has a slot with a higher total: none of the difference is an interval's."""
+    host = Host(ETH0)
+    host.collect()
+    host.kernel.count(0, key(1, first_row=2), 1000)
+    host.publish(layout.Interface(1, 9, "eth0", "native", "", "tcx", ""))
+    assert {} == values(host.collect(), "flow_bytes")
+    host.kernel.count(0, key(1, first_row=2), 30)
+    assert {("eth0", "ingress"): 30.0, ("eth0", "egress"): 0.0} == by_line(host.collect(), "flow_bytes")
+
+
+def test_procfs_that_begins_anew_is_no_negative_interval(tmp_path: Path) -> None:
+    """An interface made anew begins at zero: that cycle has its totals only, the next one is as ever."""
+    (tmp_path / "proc/net").mkdir(parents=True)
+    dev = tmp_path / "proc/net/dev"
+    collector = Flows(FlowsConfig(), Context(root=str(tmp_path)))
+    counted = []
+    for received in (1000, 10, 15):
+        dev.write_text(NET_DEV.format(received, received), encoding="ascii")
+        counted.append(by_line(list(collector.collect()), "flow_bytes"))
+    assert [{}, {}, {("eth0", "ingress"): 5.0, ("eth0", "egress"): 5.0}] == counted
+
+
 def test_an_interface_that_was_away_has_counted_on() -> None:
     """The growth is that since its last reading; the flows in between are in other."""
     host = Host(ETH0)

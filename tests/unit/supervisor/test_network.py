@@ -5,23 +5,24 @@ from __future__ import annotations
 import itertools
 import selectors
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
 
 from kon_agent import clock
 from kon_agent.bpf import interfaces, layout
+from kon_agent.bpf.flowcount import FlowCount
 from kon_agent.bpf.interfaces import NetInterface
 from kon_agent.bpf.layout import Interface
 from kon_agent.bpf.net import NetCounters
 from kon_agent.bpf.origin import origin_of
 from kon_agent.clock import NS_PER_S
-from kon_agent.config.schema import EbpfConfig
+from kon_agent.config.schema import EbpfConfig, FlowsConfig, Size
 from kon_agent.errors import BpfError
 from kon_agent.linux import netlink
 from kon_agent.supervisor import network
-from kon_agent.supervisor.network import NEVER_NS, NetworkWatch
+from kon_agent.supervisor.network import NEVER_NS, Flowing, NetworkWatch
 
 ATTACH_NS = 16 * NS_PER_S // 1000
 
@@ -35,6 +36,8 @@ class World:
         self.busy: set[int] = set()
         self.attached: dict[int, Interface] = {}
         self.mended: list[tuple[int, bool]] = []
+        self.moved: set[int] = set()
+        self.story: list[str] = []
         self.error: Exception | None = None
 
     def scan(self) -> list[NetInterface]:
@@ -66,6 +69,10 @@ class World:
         if self.error is not None:
             raise self.error
         self.mended.append((ifindex, is_thorough))
+        if ifindex in self.moved:
+            self.moved.remove(ifindex)
+            self.attach(ifindex, self.names[ifindex])
+            return True
         if not is_thorough or ifindex in self.busy or self.attached[ifindex].ingress_mode != "none":
             return False
         self.attach(ifindex, self.names[ifindex])
@@ -81,8 +88,12 @@ class World:
     def shared_maps(self) -> dict[str, int]:
         return {}
 
+    def run(self, programs: Mapping[str, int] | None) -> None:
+        self.story.append("plain" if programs is None else f"flows {programs['size']}")
+
     def close(self) -> None:
         self.attached.clear()
+        self.story.append("all closed")
 
 
 class Silent:
@@ -149,6 +160,19 @@ def test_a_burst_is_taken_in_pieces(world: World, watch: NetworkWatch, links: so
     assert longest_ns <= network.ATTACH_BUDGET_NS + ATTACH_NS
 
 
+def test_one_look_a_pass(world: World, watch: NetworkWatch, links: socket.socket) -> None:
+    """Changes that go on while a burst is taken in pieces cost no look of their own; the next one sees them."""
+    world.names = {number: f"veth{number}" for number in range(1, 50)}
+    changed(watch, links)
+    before_ns = world.now_ns
+    world.names[50] = "veth50"
+    changed(watch, links)
+    assert before_ns == world.now_ns
+    while watch.due_ns <= world.now_ns:
+        watch.tick(world.now_ns)
+    assert world.names == world.watched()
+
+
 def test_many_that_go_are_let_go_in_pieces(world: World, watch: NetworkWatch, links: socket.socket) -> None:
     """That takes time as well."""
     world.names = {1: "veth1"}
@@ -158,6 +182,23 @@ def test_many_that_go_are_let_go_in_pieces(world: World, watch: NetworkWatch, li
     changed(watch, links)
     assert world.now_ns - before_ns <= network.ATTACH_BUDGET_NS + ATTACH_NS
     assert watch.due_ns <= world.now_ns
+
+
+def test_many_to_be_attached_anew_are_taken_in_pieces(world: World, watch: NetworkWatch) -> None:
+    """A change of `generic` that concerns all 200 interfaces does not keep the loop for as long as they take."""
+    world.names = {number: f"veth{number}" for number in range(1, 201)}
+    for number, name in world.names.items():
+        world.attach(number, name)
+    world.moved = set(world.names)
+    before_ns = world.now_ns
+    watch.refresh()
+    longest_ns = world.now_ns - before_ns
+    while watch.due_ns <= world.now_ns:
+        before_ns = world.now_ns
+        watch.tick(world.now_ns)
+        longest_ns = max(longest_ns, world.now_ns - before_ns)
+    assert set() == world.moved
+    assert longest_ns <= network.ATTACH_BUDGET_NS + ATTACH_NS
 
 
 def test_what_failed_is_tried_less_and_less_often(world: World, watch: NetworkWatch, links: socket.socket) -> None:
@@ -218,3 +259,31 @@ def test_half_a_watch_is_none(world: World, monkeypatch: pytest.MonkeyPatch) -> 
         watch.use("ebpf")
         assert ("", ["eth0"]) == (watch.obstacle, [each.name for each in watch.attachments()])
         watch.close()
+
+
+class Table:
+    """A loaded object that counts flows."""
+
+    def __init__(self, world: World, size: int) -> None:
+        self._world = world
+        self._size = size
+        self.substitutes = {"size": size}
+
+    def close(self) -> None:
+        self._world.story.append(f"{self._size} closed")
+
+
+def test_flows_come_and_go(world: World, watch: NetworkWatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plain programs are back before a table goes, another size is another table, and one that is there stays;
+    the last user of the watch ends it."""
+    monkeypatch.setattr(FlowCount, "load", lambda shared, size: Table(world, size))
+    flowing = Flowing(watch, Silent())
+    for size in (1000, 1000, 2000):
+        flowing.open(FlowsConfig(memory=Size(size)))
+    assert ["flows 1000", "plain", "1000 closed", "flows 2000"] == world.story
+    watch.leave("ebpf")
+    watch.use("ebpf")
+    flowing.close()
+    assert ["plain", "2000 closed"] == world.story[4:]
+    watch.leave("ebpf")
+    assert "all closed" == world.story[-1]
