@@ -12,9 +12,11 @@ worker maps both and reads them without a system call:
 Invariants:
 * For each interface and direction, what a cycle reports of flows and of `other` adds up to exactly what
   flow_interface_…_total has grown by since the cycle before, and nothing is negative.
-* That can be so because flows are read before the totals, and the kernel counts in the opposite order: the totals of a
-  cycle hold every packet of its flows. What a total held in the last cycle already, but its flow did not, was reported
-  as `other` then; where the flow's share does not fit the growth for that, the flow waits for it until the next cycle.
+* That can be so although packets come while this reads: the totals are read before the flows and once more after
+  them, and a cycle's total is one between the two: the first, or more if the flows come to more. So what a flow carries
+  is not reported as `other` for having come at the wrong moment. But the kernel counts a packet to the total first: what
+  a total held in the last cycle already and its flow did not was `other` then. Where the flows do not fit the growth
+  for that, one of them waits for it until the next cycle.
 * No more than `top` flows in a cycle, and no more than `max_series` in an hour that were not there in the hour before:
   others stay in `other`, and are counted in flow_suppressed_total.
 
@@ -24,8 +26,8 @@ Where there is no table, all is `other`; a direction without BPF is read from pr
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -40,10 +42,10 @@ from kon_agent.plugins.context import Context
 from kon_agent.plugins.netproc import SOURCE, NetProc
 from kon_agent.plugins.probed import origin_metrics
 
+NONE = Amount(0, 0)
 HOUR_NS = 3600 * NS_PER_S
 KNOWN_PER_SERIES = 10  # so many flows are remembered for each that may be new in an hour: a flow is some 200 bytes
 
-NONE = Amount(0, 0)
 _PROCFS_TOTALS = {"network_bytes_total": 0, "network_packets_total": 1}  # place in an Amount
 
 
@@ -54,7 +56,8 @@ class Line:
     Attributes:
         interface, direction: whose.
         owner: the same as long as the total goes on.
-        total: what was counted in all.
+        total: what was counted in all, at least.
+        ceiling: what it cannot have been more than.
         place: first row and direction as the keys of flows have them; None: no flow is counted here.
         source: a label, where it is not BPF.
     """
@@ -63,6 +66,7 @@ class Line:
     direction: str
     owner: tuple[object, ...]
     total: Amount
+    ceiling: Amount
     place: tuple[int, int] | None = None
     source: str = ""
 
@@ -80,6 +84,11 @@ class Share:
     flows: dict[bytes, Amount]
     other: Amount
     owed: dict[bytes, Amount]
+
+    @property
+    def growth(self) -> Amount:
+        """All that is reported: what the line has grown by."""
+        return _sum([*self.flows.values(), self.other])
 
 
 class Admission:
@@ -148,13 +157,19 @@ class Flows:
         """
         now_ns = self._context.now_ns()
         interfaces = self._read_interfaces()
-        reading = self._read_flows(interfaces)  # before the totals
         lines = list(self._read_lines(interfaces))
+        reading = self._read_flows(interfaces)
+        again = self._read_lines(interfaces) if reading else ()
+        after = {(line.interface, line.direction): line.total for line in again}
+        lines = [replace(line, ceiling=after.get((line.interface, line.direction), line.total)) for line in lines]
+        shares = self._divide(lines, reading.grown if reading else {}, now_ns)
+        lines = [replace(line, total=self._total(line, share)) for line, share in zip(lines, shares, strict=True)]
         metrics = [*origin_metrics("flows", self._origin), *_totals(lines)]
         if self._last_ns:
             seconds = (now_ns - self._last_ns) / NS_PER_S
             metrics.append(Metric("flow_interval_seconds", seconds, {}, MetricType.NETWORK_PACKETS))
-        metrics += self._divide(lines, reading.grown if reading else {}, now_ns)
+        for line, share in zip(lines, shares, strict=True):
+            metrics += _share_metrics(line, share)
         if reading and self._table:
             metrics += _table_metrics(reading, self._table.size_bytes, self._suppressed)
         self._last |= {(line.interface, line.direction): line for line in lines}
@@ -180,24 +195,28 @@ class Flows:
                 yield from _counted(interface, counts, table.cpus)
         yield from _from_procfs(self._procfs.interfaces(table))
 
-    def _divide(self, lines: Iterable[Line], grown: Mapping[bytes, Amount], now_ns: int) -> Iterator[Metric]:
-        """Yield every line's flows and the rest."""
-        growing = [(line, growth) for line in lines if (growth := self._growth(line)) is not None]
-        chosen = self._choose({line.place: line for line, _ in growing if line.place}, grown, now_ns)
+    def _divide(self, lines: Sequence[Line], grown: Mapping[bytes, Amount], now_ns: int) -> list[Share | None]:
+        """Return every line's flows and the rest; None for a line that is new."""
+        growths = [self._growth(line) for line in lines]
+        grew = [line for line, growth in zip(lines, growths, strict=True) if growth is not None]
+        chosen = self._choose({line.place: line for line in grew}, grown, now_ns)
+        shares: list[Share | None] = []
         self._owed = {}
-        for line, growth in growing:
-            share = divide(growth, chosen.get(line.place, {}) if line.place else {})
-            self._owed |= share.owed
-            for key, amount in share.flows.items():
-                yield from _amounts(_flow_labels(line, decode_key(key)), amount)
-            yield from _amounts({**_line_labels(line), "flow": "other"}, share.other)
+        for line, growth in zip(lines, growths, strict=True):
+            share = divide(*growth, chosen.get(line.place, {}) if line.place else {}) if growth else None
+            self._owed |= share.owed if share else {}
+            shares.append(share)
+        return shares
 
-    def _growth(self, line: Line) -> Amount | None:
-        """Return what a line has counted since the last cycle; None where it is new."""
+    def _total(self, line: Line, share: Share | None) -> Amount:
+        return line.total if share is None else _sum((self._last[line.interface, line.direction].total, share.growth))
+
+    def _growth(self, line: Line) -> tuple[Amount, Amount] | None:
+        """Return what a line has counted since the last cycle, at least and at most; None where it is new."""
         last = self._last.get((line.interface, line.direction))
         if last is None or last.owner != line.owner or min(growth := _less(line.total, last.total)) < 0:
             return None
-        return growth
+        return growth, _less(line.ceiling, last.total)
 
     def _choose(
         self, lines: Mapping[tuple[int, int] | None, Line], grown: Mapping[bytes, Amount], now_ns: int
@@ -225,25 +244,26 @@ class Flows:
             self._last = {key: line for key, line in self._last.items() if line.interface in present}
 
 
-def divide(growth: Amount, flows: Mapping[bytes, Amount]) -> Share:
+def divide(growth: Amount, most: Amount, flows: Mapping[bytes, Amount]) -> Share:
     """Divide what a line has counted in an interval among its flows and the rest.
 
     Args:
-        growth: of the line.
+        growth: of the line, at least.
+        most: what it cannot have grown by more than.
         flows: key to what each flow has counted.
     """
-    owed_bytes = _deficit(growth.bytes, {key: amount.bytes for key, amount in flows.items()})
-    owed_packets = _deficit(growth.packets, {key: amount.packets for key, amount in flows.items()})
+    owed_bytes = _deficit(most.bytes, {key: amount.bytes for key, amount in flows.items()})
+    owed_packets = _deficit(most.packets, {key: amount.packets for key, amount in flows.items()})
     owed = {key: Amount(owed_bytes.get(key, 0), owed_packets.get(key, 0)) for key in {**owed_bytes, **owed_packets}}
     given = {key: _less(amount, owed.get(key, NONE)) for key, amount in flows.items()}
-    return Share(
-        {key: amount for key, amount in given.items() if any(amount)}, _less(growth, _sum(given.values())), owed
-    )
+    rest = _less(growth, _sum(given.values()))
+    other = Amount(max(0, rest.bytes), max(0, rest.packets))
+    return Share({key: amount for key, amount in given.items() if any(amount)}, other, owed)
 
 
-def _deficit(growth: int, counted: Mapping[bytes, int]) -> dict[bytes, int]:
-    """Return how much must wait, by flow, the largest first, for the rest to fit `growth`."""
-    missing = sum(counted.values()) - growth
+def _deficit(most: int, counted: Mapping[bytes, int]) -> dict[bytes, int]:
+    """Return how much must wait, by flow, the largest first, for the rest not to exceed `most`."""
+    missing = sum(counted.values()) - most
     owed: dict[bytes, int] = {}
     for key in sorted(counted, key=lambda key: counted[key], reverse=True):
         if missing <= 0:
@@ -270,7 +290,7 @@ def _counted(interface: layout.Interface, counts: layout.Counts, cpus: int) -> I
         if mode != "none":
             total = _sum(Amount(size, packets) for (d, _), (packets, size) in counts.items() if d == direction)
             owner = (interface.slot, interface.ifindex, tuple(interface.base))
-            yield Line(interface.name, direction, owner, total, (interface.slot * cpus, number))
+            yield Line(interface.name, direction, owner, total, total, (interface.slot * cpus, number))
 
 
 def _from_procfs(metrics: Iterable[Metric]) -> Iterator[Line]:
@@ -280,7 +300,8 @@ def _from_procfs(metrics: Iterable[Metric]) -> Iterator[Line]:
             total = totals.setdefault((metric.labels["interface"], metric.labels["direction"]), [0, 0])
             total[_PROCFS_TOTALS[metric.name]] += int(metric.value)
     for (interface, direction), total in totals.items():
-        yield Line(interface, direction, ("procfs",), Amount(*total), source=SOURCE["source"])
+        amount = Amount(*total)
+        yield Line(interface, direction, ("procfs",), amount, amount, source=SOURCE["source"])
 
 
 def _line_labels(line: Line) -> dict[str, str]:
@@ -299,6 +320,14 @@ def _flow_labels(line: Line, flow: Flow) -> dict[str, str]:
 def _amounts(labels: Mapping[str, str], amount: Amount) -> Iterator[Metric]:
     yield Metric("flow_bytes", float(amount.bytes), labels, MetricType.NETWORK_PACKETS)
     yield Metric("flow_packets", float(amount.packets), labels, MetricType.NETWORK_PACKETS)
+
+
+def _share_metrics(line: Line, share: Share | None) -> Iterator[Metric]:
+    if share is None:
+        return
+    for key, amount in share.flows.items():
+        yield from _amounts(_flow_labels(line, decode_key(key)), amount)
+    yield from _amounts({**_line_labels(line), "flow": "other"}, share.other)
 
 
 def _totals(lines: Iterable[Line]) -> Iterator[Metric]:

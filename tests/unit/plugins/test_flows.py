@@ -277,17 +277,39 @@ def test_a_direction_without_a_program_is_procfs(tmp_path: Path) -> None:
 AMOUNTS = st.builds(Amount, st.integers(0, 1000), st.integers(0, 10))
 
 
-@given(AMOUNTS, st.dictionaries(st.sampled_from([b"a", b"b", b"c"]), AMOUNTS))
-def test_a_line_is_divided_without_rest_and_without_debt(growth: Amount, counted: dict[bytes, Amount]) -> None:
-    """Whatever the flows say: given and other are the growth, given and owed the flow's, and only the excess waits."""
-    share = divide(growth, counted)
+@given(AMOUNTS, AMOUNTS, st.dictionaries(st.sampled_from([b"a", b"b", b"c"]), AMOUNTS))
+def test_a_line_is_divided_within_its_bounds(growth: Amount, more: Amount, counted: dict[bytes, Amount]) -> None:
+    """Given and owed are the flow's; given and other are within the bounds; only what exceeds the upper one waits."""
+    most = Amount(growth.bytes + more.bytes, growth.packets + more.packets)
+    share = divide(growth, most, counted)
     for place in range(2):
         given_to = {name: amount[place] for name, amount in share.flows.items()}
         owed = {name: amount[place] for name, amount in share.owed.items()}
-        assert growth[place] == sum(given_to.values()) + share.other[place]
+        assert growth[place] <= share.growth[place] <= most[place]
+        assert share.other[place] == max(0, growth[place] - sum(given_to.values()))
         assert all(counted[name][place] == given_to.get(name, 0) + owed.get(name, 0) for name in counted)
         assert min([*given_to.values(), *owed.values(), share.other[place]]) >= 0
-        assert max(0, sum(amount[place] for amount in counted.values()) - growth[place]) == sum(owed.values())
+        assert max(0, sum(amount[place] for amount in counted.values()) - most[place]) == sum(owed.values())
+
+
+def test_a_burst_that_comes_while_it_reads_is_its_flow_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the totals and the flows two flows send: it is theirs, nothing of it is `other`, and the sum is exact."""
+    host = Host(ETH0)
+    before = by_line(host.collect(), "flow_interface_bytes_total")
+    read = table.FlowTable.read
+
+    def late(self: table.FlowTable, top: int) -> table.Reading:
+        host.kernel.count(0, key(1), 1_000_000, 1000)
+        host.kernel.count(1, key(2), 2_000_000, 2000)
+        return read(self, top)
+
+    monkeypatch.setattr(table.FlowTable, "read", late)
+    metrics = host.collect()
+    named = [each.value for each in metrics if each.name == "flow_bytes" and "src" in each.labels]
+    others = [each.value for each in metrics if each.name == "flow_bytes" and "flow" in each.labels]
+    assert ([1e6, 2e6], {0.0}) == (sorted(named), set(others))
+    after = by_line(metrics, "flow_interface_bytes_total")
+    assert {line: after[line] - before[line] for line in after} == by_line(metrics, "flow_bytes")
 
 
 class Race:
@@ -372,7 +394,7 @@ def test_the_sum_is_exact_whatever_the_kernel_does_meanwhile(seed: int) -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32))
 def test_where_all_flows_have_a_place_none_loses_a_byte(seed: int) -> None:
-    """What a race takes from a flow is given back, or still owed."""
+    """What comes while the reader reads is reported of its flow all the same, or still owed to it."""
     race = Race(seed, buckets=64, top=100)
     race.host.collect()
     reported = 0.0
