@@ -7,10 +7,11 @@ program has the interface; nothing is attached to find out.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kon_agent.bpf import interfaces, surroundings
+from kon_agent.bpf.hooks import ASKED
 from kon_agent.bpf.interfaces import NetInterface
 from kon_agent.control_protocol import InterfaceStatus
 from kon_agent.doctor.finding import Finding, fail, ok, warn
@@ -58,26 +59,34 @@ def judge_attached(told: InterfaceStatus) -> Finding:
         return fail(check, found, "the reason is the kernel's; see the checks `kernel`, `object` and `capabilities`")
     if "none" in modes:
         return warn(check, found, "what is not attached is not counted; for the reason see docs/troubleshooting.md")
-    if "generic" in modes:
-        return warn(check, found, "exact, but slower: a driver with native XDP, or a smaller MTU, makes it faster")
+    if "generic" in modes and told.ingress_reason != ASKED:
+        return warn(check, found, "slower: a driver with native XDP, or a smaller MTU, makes it faster")
     return ok(check, found)
 
 
-def judge_device(device: Device, release: str) -> Finding:
-    """Return how an interface would be counted; `release` is the kernel's."""
+def judge_device(device: Device, release: str, generic: Sequence[str] = ()) -> Finding:
+    """Return how an interface would be counted.
+
+    Args:
+        device: the interface.
+        release: the kernel's.
+        generic: patterns of those that are to be attached generically.
+    """
     check = f"interface:{device.name}"
     if device.programs:
         return _judge_occupied(check, device, device.programs, device.names or {})
     egress = "TCX" if version_of(release) >= TCX_FROM else "clsact"
+    if interfaces.matches(device.name, generic):
+        return ok(check, f"free; ingress generic, as plugins.ebpf.generic says, egress by {egress}")
     if device.features is None:
         unknown = "whether ingress by native XDP can be told only by trying (before Linux 6.3)"
         return ok(check, f"free; egress by {egress}, {unknown}")
     if not device.features & XDP_BASIC:
         found = f"free; its driver has no native XDP: ingress would be generic, egress by {egress}"
-        return warn(check, found, "nothing needs to be done: generic XDP is as exact, but slower")
+        return ok(check, found)
     if device.mtu > NATIVE_MAX_MTU and not device.features & XDP_RX_SG:
         found = f"free; MTU {device.mtu} is likely too large for native XDP: ingress would be generic"
-        return warn(check, found, f"generic XDP is as exact, but slower; up to MTU {NATIVE_MAX_MTU} suits most drivers")
+        return warn(check, found, f"generic XDP is slower; up to MTU {NATIVE_MAX_MTU} suits most drivers")
     return ok(check, f"free; ingress by native XDP, egress by {egress}")
 
 
@@ -128,7 +137,7 @@ def check_interfaces(patient: Patient) -> Iterable[Finding]:
     yield from map(judge_attached, list(told.values())[:MAX_LISTED])
     features = _read_features()
     for interface in untold[: max(0, MAX_LISTED - len(told))]:
-        found = judge_device(_read_device(interface, features), os.uname().release)
+        found = judge_device(_read_device(interface, features), os.uname().release, section.generic)
         yield found if patient.status is None else judge_untold(found)
     omitted = len(untold) + len(told) - MAX_LISTED
     if omitted > 0:

@@ -41,9 +41,12 @@ class Patient:
     privileges: Privileges = field(default_factory=lambda: Privileges(os.geteuid(), frozenset()))
 
     def wants(self, *plugins: str) -> list[str]:
-        """Return those of `plugins` that the configuration enables."""
-        sections = self.config.plugins.by_name()
-        return [name for name in plugins if sections[name].enable]
+        """Return those of `plugins` that are enabled: in the running agent, or else by the configuration."""
+        if self.status is not None:
+            enabled = {plugin.name for plugin in self.status.plugins if plugin.enabled}
+        else:
+            enabled = {name for name, section in self.config.plugins.by_name().items() if section.enable}
+        return [name for name in plugins if name in enabled]
 
     @property
     def agent_pid(self) -> int | None:

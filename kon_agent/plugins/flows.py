@@ -14,9 +14,9 @@ Invariants:
   flow_interface_…_total has grown by since the cycle before, and nothing is negative.
 * That can be so although packets come while this reads: the totals are read before the flows and once more after
   them, and a cycle's total is one between the two: the first, or more if the flows come to more. So what a flow carries
-  is not reported as `other` for having come at the wrong moment. But the kernel counts a packet to the total first: what
-  a total held in the last cycle already and its flow did not was `other` then. Where the flows do not fit the growth
-  for that, one of them waits for it until the next cycle.
+  is not reported as `other` for having come at the wrong moment. But the kernel counts a packet to the total first:
+  what a total held in the last cycle already and its flow did not was `other` then. Where the flows do not fit the
+  growth for that, one of them waits for it until the next cycle.
 * No more than `top` flows in a cycle, and no more than `max_series` in an hour that were not there in the hour before:
   others stay in `other`, and are counted in flow_suppressed_total.
 

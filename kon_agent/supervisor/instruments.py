@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -78,7 +79,8 @@ def story_of(err: BpfError) -> str:
     """Return why BPF cannot be had, on one line: first what to do about it, then what libbpf and the kernel say."""
     said = " | ".join(str(err).splitlines())
     if lacking := privileges.current_privileges().missing(*CAPABILITIES):
-        return f"{', '.join(lacking)} is missing: start it as root; {said}"
+        remedy = "start it as root" if os.geteuid() else "give them to this root (CapabilityBoundingSet=, cap_add)"
+        return f"{', '.join(lacking)} is missing: {remedy}; {said}"
     if err.errno == errno.EPERM:
         return f"no capability is missing: a seccomp profile, a security module or kernel lockdown refuses it; {said}"
     return said
@@ -105,7 +107,7 @@ class Complaint:
         self._story = story
         self.reason = story[:MAX_OBSTACLE_CHARS]
         if story != self.reason:
-            log.warning("%s: %s", self._what, story)
+            log.info("in full: %s: %s", self._what, story)
         self._said = f"{self._what}: {self.reason}"
         self._herald.warn(self._said)
 

@@ -19,6 +19,7 @@ from kon_agent import clock
 from kon_agent.bpf import interfaces, layout
 from kon_agent.bpf.flowcount import FlowCount
 from kon_agent.bpf.handover import Counters
+from kon_agent.bpf.hooks import ASKED
 from kon_agent.bpf.layout import Interface
 from kon_agent.bpf.net import NetCounters
 from kon_agent.bpf.origin import Origin
@@ -373,7 +374,7 @@ def _tell(attached: Interface) -> None:
     how = f"ingress {attached.ingress_mode}, egress {attached.egress_mode}"
     reasons = "; ".join(reason for reason in (attached.ingress_reason, attached.egress_reason) if reason)
     log.log(
-        logging.WARNING if reasons else logging.INFO,
+        logging.WARNING if reasons not in ("", ASKED) else logging.INFO,
         "watching %s: %s%s",
         attached.name,
         how,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from kon_agent.bpf.hooks import ASKED
 from kon_agent.bpf.interfaces import NetInterface
 from kon_agent.control_protocol import InterfaceStatus
 from kon_agent.doctor import network
@@ -45,7 +46,7 @@ def test_a_free_interface_with_native_xdp_is_well() -> None:
 
 def test_what_a_driver_cannot_do_is_said() -> None:
     """No native XDP, or none with this MTU: generic then; unknown where the kernel does not tell."""
-    assert ("warn", True) == _told(Device("dummy0", 1500, {}, {}, features=0), "no native XDP")
+    assert ("ok", True) == _told(Device("dummy0", 1500, {}, {}, features=0), "no native XDP")
     assert ("warn", True) == _told(Device("eth0", 9000, {}, {}, features=11), "MTU 9000")
     assert ("ok", True) == _told(Device("eth0", 9000, {}, {}, features=11 | 32), "native XDP")
     assert ("ok", True) == _told(Device("eth0", 9000, {}, {}, features=None), "only by trying")
@@ -96,3 +97,12 @@ def test_a_device_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def _told(device: Device, words: str) -> tuple[str, bool]:
     found = judge_device(device, NEW)
     return found.verdict, words in found.found
+
+
+def test_what_is_asked_for_is_no_fault() -> None:
+    """An interface that plugins.ebpf.generic names is generic as it should be, with an agent and without."""
+    device = Device("veth0", 1500, {}, {}, features=43)
+    found = judge_device(device, NEW, ["veth*"])
+    assert ("ok", True) == (found.verdict, "plugins.ebpf.generic" in found.found)
+    told = InterfaceStatus(name="veth0", ingress_mode="generic", ingress_reason=ASKED, egress_mode="tcx")
+    assert "ok" == judge_attached(told).verdict
