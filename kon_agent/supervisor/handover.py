@@ -32,7 +32,7 @@ from kon_agent.errors import ControlError, KonError
 from kon_agent.lifecycle import State
 from kon_agent.linux.memory import create_memfd
 
-FORMAT = 1
+FORMAT = 2
 MAX_HANDOVER_BYTES = 16 * 1024 * 1024  # 48 plugins with 9 rings each and 1000 interfaces take some 500 KiB
 OPTION = "--take-over"  # of `kon-agent run`; one that does not know it ends with a usage error and does nothing
 REHEARSE = "--rehearse"
