@@ -260,6 +260,7 @@ def _live(role: Role, prepare: Callable[[], object], had: privileges.Privileges,
     """Be the child, from its first instruction to its last."""
     code = CRASH_EXIT
     try:
+        gc.freeze()  # what the parent has made since `prepare_to_fork`, too: a collection would copy its pages
         argument = prepare()
         _detach(role)
         try:
