@@ -178,7 +178,12 @@ class NetworkWatch:
                 self._statistics = Statistics()
             except BpfError as err:
                 self._statistics_complaint.make(story_of(err))
-        elif not self.config.stats and self._statistics is not None:
+        elif not self.config.stats:
+            self._end_statistics()
+
+    def _end_statistics(self) -> None:
+        self._statistics_complaint.withdraw()
+        if self._statistics is not None:
             self._statistics.close()
             self._statistics = None
 
@@ -270,10 +275,7 @@ class NetworkWatch:
     def close(self) -> None:
         """Detach everything."""
         self._complaint.withdraw()
-        self._statistics_complaint.withdraw()
-        if self._statistics is not None:
-            self._statistics.close()
-            self._statistics = None
+        self._end_statistics()
         with contextlib.ExitStack() as stack:
             if self._page is not None:
                 stack.callback(self._page.release)

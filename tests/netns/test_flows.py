@@ -32,6 +32,7 @@ from kon_agent.metric import Metric
 from kon_agent.page import PageWriter, page_size
 from kon_agent.plugins.context import Context
 from kon_agent.plugins.flows import Flows
+from tests.support.forking import forked
 from tests.support.program import environment_of
 from tests.support.receiver import Receiver
 from tests.support.waiting import wait_for
@@ -126,19 +127,6 @@ def send(interface: str, start: bytes, drawn: list[int], batch: int = 5000) -> N
             if frame is None:
                 frame = frames[flow] = start + udp(flow, payload_bytes(flow))
             raw.send(frame)
-
-
-def forked(body: Callable[[], object]) -> int:
-    """Run `body` in a child that then exits; its pid."""
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        body()
-        os._exit(0)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        os._exit(1)
 
 
 def by_line(metrics: list[Metric], name: str) -> dict[Line, float]:

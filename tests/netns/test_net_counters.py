@@ -24,6 +24,7 @@ from kon_agent.bpf.net import NetCounters
 from kon_agent.errors import BpfError
 from kon_agent.linux import memory
 from tests.support import ethernet
+from tests.support.forking import forked
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf, pytest.mark.netns]
 
@@ -71,19 +72,6 @@ def has_counted(counters: NetCounters, at: Interface, total: int) -> bool:
 def has_xdp(interface: str) -> bool:
     shown = subprocess.run(["ip", "-j", "link", "show", interface], check=True, capture_output=True).stdout
     return "xdp" in json.loads(shown)[0]
-
-
-def forked(body: Callable[[], object]) -> int:
-    """Run `body` in a child that then exits; its pid."""
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        body()
-        os._exit(0)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        os._exit(1)
 
 
 def test_a_thousand_pings_are_a_thousand_to_an_unprivileged_child(link: Any, counters: NetCounters) -> None:
